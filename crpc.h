@@ -553,12 +553,12 @@
  *
  * Bytes from a connection are not trusted. Sizes are checked before memory is taken, nothing that
  * is read can reach an assertion, and nanopb runs without allocation of its own. A peer can make a
- * process hold: max_body for each connection, max_queued bytes of replies, 4096 requests in service
- * on a connection (max_concurrency on all together), and max_bytes of buffers on a loop, those
- * that are kept for reuse included. Of these a loop that somebody drives gives back, within a
- * second, what its work did not need, but for 256 KiB. A request over a limit of the server is
- * answered before it is decoded. This version has no encryption: keep to trusted networks, or to
- * tunnels. The ZooKeeper server is trusted, because its C client aborts on some malformed answers.
+ * process hold: max_body for each connection, max_queued bytes of replies, 4096 requests in
+ * service on a connection (max_concurrency on all together), and max_bytes of buffers on a loop,
+ * those that are kept for reuse included. Of these a loop that somebody drives gives back all but
+ * 256 KiB when it has been idle for a second. A request over a limit of the server is answered
+ * before it is decoded. This version has no encryption: keep to trusted networks, or to tunnels. The
+ * ZooKeeper server is trusted, because its C client aborts on some malformed answers.
  *
  *     limit                  default     when it is reached
  *     timeout_ms             1000 ms     CRPC_ETIMEDOUT
@@ -1069,8 +1069,8 @@ typedef struct crpc_loop_options {
     int stack_size;  /* bytes, of the loop's own thread. 0: 256 KiB. -1: the system's default */
     int max_results; /* calls that were begun by id and not fetched yet. 0: 1024. -1: no limit */
     /* Bytes of buffers, in use or kept for reuse, of all connections of the loop together; each I/O
-     * thread of a server has its own. What a second's work did not need is given back, by a loop
-     * that somebody drives. 0: 256 MiB. -1: no limit */
+     * thread of a server has its own. A loop that somebody drives frees all but 256 KiB of the kept
+     * ones when it has been idle for a second. 0: 256 MiB. -1: no limit */
     int64_t max_bytes;
 } crpc_loop_options;
 
@@ -2864,8 +2864,9 @@ CRPCI_COLD int crpci_status_set_name(crpc_error *error, int code)
 
 typedef struct crpci_chunk crpci_chunk;
 /* The kept chunks of one size. `unneeded` is the fewest that there were at any time since the last
- * crpci_heap_age, which frees so many. A steady load then finds every chunk kept, and the chunks
- * that a burst took are freed when lighter work follows, or none. */
+ * crpci_heap_age, which frees all of a size that was not used, else a sixteenth of `unneeded`. A
+ * steady load with its peaks then finds every chunk kept, and the chunks that a burst took are
+ * freed when lighter work follows, or none. */
 typedef struct crpci_heap_class {
     crpci_chunk *kept;
     uint32_t kept_count;
@@ -3187,7 +3188,9 @@ CRPCI_COLD void crpci_heap_trim(crpci_heap *h, size_t most, bool unneeded)
     while (i--) {
         crpci_heap_class *k = &h->classes[i];
         size_t total = (size_t)CRPCI_CHUNK_MIN << i;
-        uint32_t n = unneeded ? k->unneeded : k->kept_count;
+        uint32_t n = k->kept_count;
+        if (unneeded && k->unneeded < n)
+            n = k->unneeded / 16;
         for (; n && h->kept_bytes > most; n--)
             crpci_heap_resize_locked(h, crpci_heap_take(h, k, total), total, 0);
     }
@@ -3212,8 +3215,8 @@ CRPCI_FN bool crpci_heap_is_old(const crpci_heap *h)
     return __atomic_load_n(&h->kept_bytes, __ATOMIC_RELAXED) > CRPCI_HEAP_KEEP;
 }
 
-/* To be called once a second: frees the chunks that nobody has needed since the last call, but for
- * the CRPCI_HEAP_KEEP bytes. */
+/* To be called every now and then: frees chunks that nobody has needed since the last call, while
+ * more than CRPCI_HEAP_KEEP bytes are kept. */
 CRPCI_COLD void crpci_heap_age(crpci_heap *h)
 {
     unsigned i;
@@ -8508,7 +8511,7 @@ typedef enum crpci_detected {
 
 #define CRPCI_PROTOCOL_ORDERED 1u /* no ids: replies come in the order of the requests */
 #define CRPCI_PROTOCOL_NAMES 16u  /* bytes that encoding may add to service and method */
-/* Bytes before a payload: what is larger no peer has to read, so it is not sent either. */
+/* Bytes before a payload. More is refused when it is received, and never sent. */
 #define CRPCI_PROTOCOL_HEAD_MAX (64u << 10)
 
 /* A protocol turns bytes into messages and messages into bytes. A server recognises it by the first
@@ -9697,7 +9700,7 @@ CRPCI_FN int crpci_connect_dial(crpc_loop *l, const crpci_addr *to, const crpci_
 /* Cuts baidu_std's frames (see impl-frame, impl-meta) into messages, and lays out requests and
  * replies. The peer is not trusted: each size is checked before memory is reserved for it. */
 
-/* Reading a meta takes about a second for each 60 MiB, with the loop locked. */
+/* A meta is read with the loop locked; one of 60 MiB would take a second. */
 #define CRPCI_BAIDU_META_MAX CRPCI_PROTOCOL_HEAD_MAX
 
 /* The first four bytes are "PRPC"; fewer that match leave it open. */

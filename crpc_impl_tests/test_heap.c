@@ -203,13 +203,13 @@ static void kept_chunks_are_bounded(void **state)
         assert_int_equal(h->kept_bytes, MANY * 65536);
         crpci_heap_age(h);
     }
-    /* and freed when fewer are needed */
-    for (i = 0; i < 3; i++) {
+    /* and freed when fewer are needed, but for those that a next peak may need */
+    for (i = 0; i < 50; i++) {
         use_at_a_time(h, FEW);
         crpci_heap_age(h);
-        assert_int_equal(h->kept_bytes, FEW * 65536);
         assert_int_equal(h->bytes, h->kept_bytes + (int64_t)sizeof *h);
     }
+    assert_in_range(h->kept_bytes, FEW * 65536, (FEW + 15) * 65536);
     assert_true(crpci_heap_is_old(h));
     crpci_heap_age(h); /* or none */
     assert_int_equal(h->kept_bytes, CRPCI_HEAP_KEEP);
