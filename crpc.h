@@ -24467,6 +24467,9 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
  * last step and then takes the server apart. */
 
 #define CRPCI_LIFECYCLE_TICK 10000 /* microseconds between two checks of a drain */
+/* How long listeners keep new peers out before they close. Short, because a peer whose SYN is
+ * dropped sends it again after a second, where a closed port would refuse it at once. */
+#define CRPCI_LIFECYCLE_BARRED 1000
 
 /* --- stopping --------------------------------------------------------------------------------- */
 
@@ -24507,7 +24510,7 @@ CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
         crpci_lifecycle_any(s, late ? crpci_intake_close_conns : crpci_intake_part_all);
     crpci_loop_lock(l);
     if (!late && (!closed || crpci_thread_load(&s->connections) || crpci_thread_load(&s->active))) {
-        crpci_loop_timer_set(l, t, CRPCI_LIFECYCLE_TICK);
+        crpci_loop_timer_set(l, t, closed ? CRPCI_LIFECYCLE_TICK : CRPCI_LIFECYCLE_BARRED);
     } else {
         crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
         if (s->drain.waiter)
