@@ -557,8 +557,8 @@
  * service on a connection (max_concurrency on all together), and max_bytes of buffers on a loop,
  * those that are kept for reuse included. Of these a loop that somebody drives gives back all but
  * 256 KiB when it has been idle for a second. A request over a limit of the server is answered
- * before it is decoded. This version has no encryption: keep to trusted networks, or to tunnels. The
- * ZooKeeper server is trusted, because its C client aborts on some malformed answers.
+ * before it is decoded. This version has no encryption: keep to trusted networks, or to tunnels.
+ * The ZooKeeper server is trusted, because its C client aborts on some malformed answers.
  *
  *     limit                  default     when it is reached
  *     timeout_ms             1000 ms     CRPC_ETIMEDOUT
