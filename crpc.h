@@ -583,8 +583,14 @@
  * by its weight (access.peers), gets no more, and when none is left a newcomer of a smaller account
  * takes one of its connections: one that has asked for nothing yet, else the one that has been idle
  * for longest, never one with a request in service. A gateway that stands for a hundred boards
- * needs a weight. Attackers with as many addresses as max_connections can still shut others out:
- * admit only known networks (access.allow).
+ * needs a weight. The same shares hold for max_concurrency, worker_queue and replay_entries.
+ * Workers take one request of each host in turn, and one ordering key gets at most half of the
+ * places to wait. crpc_server_peers_walk shows what each host holds.
+ *
+ * Not promised: attackers with as many addresses as max_connections can still shut others out, so
+ * admit only known networks (access.allow). Large bodies and replies of all peers come out of one
+ * max_bytes: while some peers fill it, requests of others get CRPC_ELIMIT or lose their connection.
+ * A function in access.authenticate that takes long holds up all connections of its loop.
  *
  * A server with access.authenticate serves only peers that it has accepted. The credential belongs
  * to the connection, as in brpc: whoever can write to the connection acts under its identity. A
@@ -647,9 +653,12 @@
  * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket.
  *
  * What is new: wait=1, unix://@name, CRPC_ENABLE_POLICY, CRPC_ENABLE_TEXTS, CRPC_DEBUG,
- * crpc_channel_options_parse and crpc_server_options_parse. For servers that meet strangers:
- * access.allow, access.peers, first_request_ms, shares of max_connections, max_concurrency,
- * worker_queue and replay_entries (LIMITS AND TRUST).
+ * crpc_channel_options_parse and crpc_server_options_parse. For servers that meet strangers (LIMITS
+ * AND TRUST): access.allow, access.peers, access.authenticate, crpc_context_identity,
+ * crpc_secret_equal, security.credential_fn; first_request_ms, write_timeout_ms,
+ * max_connection_age_ms; shares of max_connections, max_concurrency, worker_queue and
+ * replay_entries, crpc_server_peers_walk. For stops without losses: the farewell between crpc peers,
+ * quiet_ms, crpc_context_cancelled, crpc_context_on_cancel.
  *
  * HACKING
  *
@@ -701,6 +710,7 @@
  *     make instructions          instructions of a call against a baseline
  *     make allocs                that a warm call allocates nothing
  *     make size                  bytes and stacks, by section and toggle
+ *     make attack                what honest calls get beside hostile peers; QUICK=1 takes a minute
  *     bash .ci/run               everything
  *
  * A change of behaviour comes with a test that failed before it. A limit is an option with a safe
