@@ -653,12 +653,12 @@
  * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket.
  *
  * What is new: wait=1, unix://@name, CRPC_ENABLE_POLICY, CRPC_ENABLE_TEXTS, CRPC_DEBUG,
- * crpc_channel_options_parse and crpc_server_options_parse. For servers that meet strangers (LIMITS
- * AND TRUST): access.allow, access.peers, access.authenticate, crpc_context_identity,
+ * crpc_channel_options_parse and crpc_server_options_parse. For servers that meet strangers
+ * (LIMITS AND TRUST): access.allow, access.peers, access.authenticate, crpc_context_identity,
  * crpc_secret_equal, security.credential_fn; first_request_ms, write_timeout_ms,
  * max_connection_age_ms; shares of max_connections, max_concurrency, worker_queue and
- * replay_entries, crpc_server_peers_walk. For stops without losses: the farewell between crpc peers,
- * quiet_ms, crpc_context_cancelled, crpc_context_on_cancel.
+ * replay_entries, crpc_server_peers_walk. For stops without losses: the farewell between crpc
+ * peers, quiet_ms, crpc_context_cancelled, crpc_context_on_cancel.
  *
  * HACKING
  *
