@@ -9095,7 +9095,7 @@ CRPCI_COLD int64_t crpci_conn_stall_end(crpci_conn *c, int64_t now)
  * a request answers, and closes with the rest of it unread, which resets the connection. */
 CRPCI_COLD void crpci_conn_break(crpci_conn *c, int system_error)
 {
-    if (c->protocols) {
+    if (c->protocols || c->closed) { /* another thread may have closed it during the send */
         crpci_conn_close(c, CRPC_ECONN, system_error);
         return;
     }

@@ -973,9 +973,37 @@ static void nobody_reads_while_another_thread_writes(void **state)
     }
 }
 
+static void ignore_close(crpci_conn *c)
+{
+    (void)c;
+}
+
+/* Another thread closes a connection while this one sends, and the send fails then. */
+static void a_send_that_fails_after_the_close_leaves_no_task(void **state)
+{
+    static const crpci_conn_events up = {.closed = ignore_close};
+    crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
+    crpci_conn *c;
+    int fds[2];
+    (void)state;
+    assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+    crpci_loop_lock(l);
+    c = crpci_connect_new(l, fds[0], false, &up, NULL);
+    assert_non_null(c);
+    crpci_conn_hold(c);
+    crpci_conn_close(c, CRPC_ECLOSE, 0);
+    crpci_conn_break(c, EPIPE);
+    assert_true(crpci_list_empty(&l->resume));
+    crpci_conn_drop(c);
+    crpci_loop_unlock(l);
+    close(fds[1]);
+    crpc_loop_close(l);
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
+        CT_TEST(a_send_that_fails_after_the_close_leaves_no_task),
         CT_TEST(small_socket_buffers),
         CT_TEST(slow_readers_are_paused_and_memory_is_bounded),
         CT_TEST(half_closed_connections_get_their_replies),
