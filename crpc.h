@@ -21307,7 +21307,7 @@ CRPCI_FN void crpci_worker_flow_init(crpci_worker_flow *f)
 CRPCI_FN bool crpci_worker_has_room(const crpci_worker_pool *p, const crpci_worker_flow *f)
 {
     int64_t most = p->max_queued + p->idle;
-    const crpci_list *i;
+    crpci_list *i;
     if (!p->max_queued || p->queued < most - p->max_queued / 4)
         return true;
     if (p->queued >= most || !f->queued)
@@ -22033,7 +22033,7 @@ CRPCI_COLD crpci_peer_account *crpci_peer_largest(const crpci_peer_table *t,
     crpci_peer_account *best = NULL;
     size_t k;
     for (k = 0; k < CRPCI_PEER_BUCKETS; k++) {
-        const crpci_list *i;
+        crpci_list *i;
         for (i = t->buckets[k].next; i != &t->buckets[k]; i = i->next) {
             crpci_peer_account *a = CRPCI_CONTAINER(i, crpci_peer_account, link);
             if (a != but && (!best || crpci_peer_is_larger(a, best, what)))
@@ -22051,7 +22051,7 @@ CRPCI_COLD crpci_peer_account *crpci_peer_copy(const crpci_peer_table *t, size_t
     size_t k;
     *count = 0;
     for (k = 0; k < CRPCI_PEER_BUCKETS && out; k++) {
-        const crpci_list *i;
+        crpci_list *i;
         for (i = t->buckets[k].next; i != &t->buckets[k]; i = i->next)
             out[(*count)++] = *CRPCI_CONTAINER(i, crpci_peer_account, link);
     }
