@@ -2938,7 +2938,7 @@ CRPCI_COLD void crpci_heap_log_to_stderr(crpci_heap *h, int level, const char *l
     uint32_t more = lost - crpci_thread_load(&h->told_lines);
     int n = snprintf(text, sizeof text - 1, "crpc %c %.511s",
                      letters[level >= 1 && level <= 4 ? level : 0], line);
-    if (more)
+    if (CRPC_ENABLE_TEXTS && more)
         n += snprintf(text + n, sizeof text - 1 - (size_t)n,
                       "; %u lines before it were lost, because stderr was full", more);
     text[n++] = '\n';
@@ -17479,7 +17479,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     size_t room = p->headroom + crpc_view_size(k->names);
     size_t attached = crpc_view_size(call->attachment), base = front + sizeof(crpci_out);
     size_t copied = borrow && attached > CRPCI_REQUEST_INLINE ? 0 : attached, fields, payload;
-    const char *why = "out of memory";
+    const char *why = CRPCI_STATUS_TEXT("out of memory");
     crpci_message_out o;
     crpci_request *r;
     int err = CRPC_ENOMEM;
