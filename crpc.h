@@ -515,11 +515,12 @@
  *
  * The breaker ejects at most half of the providers, and never the last one that could be asked.
  *
- *     graceful stop   The server unregisters, serves on for lame_ms, and takes in who has
- *                     connected. Then it tells crpc's channels that it is stopping: they send their
- *                     calls elsewhere, and end their connection when the last reply has come. Other
- *                     peers get CRPC_ELOGOFF for new requests, and their connections close when
- *                     they have been quiet for quiet_ms. What is left is closed at drain_ms.
+ *     graceful stop   The server unregisters, serves on for lame_ms, and accepts the connections
+ *                     that the kernel has queued. Then it tells crpc's channels that it is
+ *                     stopping: they send their calls elsewhere, and end their connection when the
+ *                     last reply has come. Other peers get CRPC_ELOGOFF for new requests, and their
+ *                     connections close when they have been quiet for quiet_ms. What is left is
+ *                     closed at drain_ms.
  *     registry away   Calls go on with the last list: see stale_ttl_ms, allow_empty.
  *     long lists      max_endpoints uses a part of them, a different one for each channel.
  *
@@ -1312,7 +1313,7 @@ typedef struct crpc_security_options {
 
 #define CRPC_IDENTITY_MAX 64 /* bytes of an identity's name with its terminating zero */
 
-/* Who a peer is, as a server's crpc_authenticate_fn has found. All zero at first. */
+/* The identity of a peer, as a server's crpc_authenticate_fn fills it in. All zero at first. */
 typedef struct crpc_identity {
     char name[CRPC_IDENTITY_MAX];
     int valid_ms; /* after that the function is asked again. 0: not on this connection */
@@ -1326,7 +1327,7 @@ typedef struct crpc_identity {
 typedef int (*crpc_authenticate_fn)(void *user, const char *peer, crpc_view credential,
                                     crpc_identity *identity);
 
-/* Who may connect to a server, and how much each may take. */
+/* The peers that a server accepts, and the share that each may take. */
 typedef struct crpc_access_options {
     const char *allow; /* networks whose connections are accepted, as "10.0.0.0/8,fd00::/8,unix";
                           others are closed at once. NULL: all */
@@ -1879,11 +1880,11 @@ CRPC_API CRPC_MUST_CHECK int crpc_server_start(crpc_server *server, crpc_error *
 CRPC_API CRPC_MUST_CHECK int crpc_server_run(crpc_server *server);
 
 /* Begins to stop, and returns at once. The server unregisters and serves on for lame_ms; then it
- * takes in who has connected and closes its listeners. It tells crpc peers that it is stopping, and
- * serves them until they end their connections, which they do at once when they have all replies.
- * It answers new requests of other peers with CRPC_ELOGOFF. It closes each connection when that has
- * been quiet for quiet_ms, and all that are left after drain_ms. A second call does nothing. Any
- * thread, any callback; a signal handler calls crpc_loop_stop instead. */
+ * accepts the connections that the kernel has queued and closes its listeners. It tells crpc peers
+ * that it is stopping, and serves them until they end their connections, which they do at once when
+ * they have all replies. It answers new requests of other peers with CRPC_ELOGOFF. It closes each
+ * connection when that has been quiet for quiet_ms, and all that are left after drain_ms. A second
+ * call does nothing. Any thread, any callback; a signal handler calls crpc_loop_stop instead. */
 CRPC_API void crpc_server_stop(crpc_server *server);
 
 /* Stops the server as crpc_server_stop does, waits for that and for handlers on workers and I/O
@@ -2367,7 +2368,6 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/auxv.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
@@ -2502,8 +2502,6 @@ CRPCI_FN uint64_t crpci_base_hash(const void *bytes, size_t n)
     return crpci_base_mix(h);
 }
 
-/* SipHash-2-4 (Aumasson and Bernstein), for keys that a peer chooses: without the secret key it
- * cannot find two of one hash. */
 CRPCI_FN void crpci_base_siprounds(uint64_t v[4], int rounds)
 {
     while (rounds--) {
@@ -2520,6 +2518,8 @@ CRPCI_FN void crpci_base_siprounds(uint64_t v[4], int rounds)
     }
 }
 
+/* SipHash-2-4 (Aumasson and Bernstein), for keys that a peer chooses: a peer that does not know the
+ * secret key cannot find two of one hash. */
 CRPCI_FN uint64_t crpci_base_siphash(const uint64_t key[2], const void *bytes, size_t n)
 {
     const uint8_t *p = (const uint8_t *)bytes;
@@ -13381,7 +13381,7 @@ CRPCI_FN void crpci_zk_session_on_session(zhandle_t *zh, int type, int state, co
 
 /* --- calls of the client ---------------------------------------------------------------------- */
 
-/* Who may use a node that is created. */
+/* The peers that may use a node that is created. */
 CRPCI_FN const struct ACL_vector *crpci_zk_session_acl(unsigned flags)
 {
     return flags & CRPC_NODE_PRIVATE ? &ZOO_CREATOR_ALL_ACL : &ZOO_OPEN_ACL_UNSAFE;
