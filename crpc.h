@@ -22052,8 +22052,15 @@ CRPCI_COLD crpci_peer_account *crpci_peer_copy(const crpci_peer_table *t, size_t
     *count = 0;
     for (k = 0; k < CRPCI_PEER_BUCKETS && out; k++) {
         crpci_list *i;
-        for (i = t->buckets[k].next; i != &t->buckets[k]; i = i->next)
-            out[(*count)++] = *CRPCI_CONTAINER(i, crpci_peer_account, link);
+        for (i = t->buckets[k].next; i != &t->buckets[k]; i = i->next) {
+            crpci_peer_account *a = CRPCI_CONTAINER(i, crpci_peer_account, link);
+            size_t what;
+            out[*count].key = a->key;
+            out[*count].weight = a->weight;
+            for (what = 0; what < CRPCI_PEER_RESOURCES; what++) /* I/O threads count meanwhile */
+                out[*count].held[what] = crpci_thread_load(&a->held[what]);
+            ++*count;
+        }
     }
     return out;
 }
