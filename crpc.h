@@ -5776,11 +5776,19 @@ struct crpci_timer {
 
 typedef struct crpci_timer_wheel {
     int64_t tick;       /* all timers up to this tick have fired */
+    int64_t next;       /* a tick before which none can fire: each step of a loop asks for it */
     crpci_timer *fired; /* timers that are due, for the loop to run */
     uint32_t levels; /* a bit for each level that may hold a timer */
     uint32_t used[CRPCI_TIMER_LEVELS]; /* likewise for each slot */
     crpci_timer *slots[CRPCI_TIMER_LEVELS][32];
 } crpci_timer_wheel;
+
+/* Starts a zeroed wheel: timers count from `now_us`. */
+CRPCI_FN void crpci_timer_open(crpci_timer_wheel *w, int64_t now_us)
+{
+    w->tick = now_us / 1000;
+    w->next = INT64_MAX;
+}
 
 CRPCI_FN void crpci_timer_init(crpci_timer *t, void (*fn)(crpc_loop *, crpci_timer *))
 {
@@ -5827,6 +5835,9 @@ CRPCI_FN void crpci_timer_insert(crpci_timer_wheel *w, crpci_timer *t, crpci_tim
     crpci_timer_link(&w->slots[level][slot], t);
     w->used[level] |= 1u << slot;
     w->levels |= 1u << level;
+    tick = (tick >> 5 * level << 5 * level) - now; /* until the wheel comes to the slot */
+    if (w->tick + tick < w->next)
+        w->next = w->tick + tick;
 }
 
 /* Arms a timer, or moves one that is armed. */
@@ -5837,9 +5848,9 @@ CRPCI_FN void crpci_timer_set(crpci_timer_wheel *w, crpci_timer *t, int64_t due_
     crpci_timer_insert(w, t, &w->fired);
 }
 
-/* How many ticks ahead the next used slot begins, and which slot that is. No timer in the slots is
- * due before. INT64_MAX: they hold none. */
-CRPCI_FN int64_t crpci_timer_ahead(const crpci_timer_wheel *w, unsigned *level, unsigned *slot)
+/* The tick at which the next used slot begins, and which slot that is. No timer in the slots is due
+ * before. INT64_MAX: they hold none. */
+CRPCI_FN int64_t crpci_timer_slot(const crpci_timer_wheel *w, unsigned *level, unsigned *slot)
 {
     uint32_t tick = (uint32_t)w->tick, levels;
     for (levels = w->levels; levels; levels &= levels - 1) {
@@ -5851,7 +5862,7 @@ CRPCI_FN int64_t crpci_timer_ahead(const crpci_timer_wheel *w, unsigned *level, 
         steps = (unsigned)__builtin_ctz(bits);
         *level = k;
         *slot = (now + steps) & 31;
-        return (uint32_t)((((tick >> 5 * k) + steps) << 5 * k) - tick);
+        return w->tick + (uint32_t)((((tick >> 5 * k) + steps) << 5 * k) - tick);
     }
     return INT64_MAX;
 }
@@ -5862,17 +5873,12 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
 {
     int64_t now = now_us / 1000;
     crpci_timer **end = &w->fired;
+    unsigned level = 0, slot = 0;
     while (*end)
         end = &(*end)->next;
-    while (now > w->tick) {
-        unsigned level = 0, slot = 0;
-        int64_t ahead = crpci_timer_ahead(w, &level, &slot);
+    while (w->next <= now && (w->next = crpci_timer_slot(w, &level, &slot)) <= now) {
         crpci_timer *turned = NULL, *t;
-        if (ahead > now - w->tick) {
-            w->tick = now;
-            return;
-        }
-        w->tick += ahead;
+        w->tick = w->next;
         w->used[level] &= ~(1u << slot);
         if (!w->used[level])
             w->levels &= ~(1u << level);
@@ -5887,15 +5893,16 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
                 end = &(*end)->next;
         }
     }
+    if (w->tick < now)
+        w->tick = now;
 }
 
 /* The time at which the wheel must be advanced next, in microseconds; INT64_MAX: there is no
  * timer. */
 CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 {
-    unsigned level, slot;
-    int64_t ahead = w->fired ? 0 : crpci_timer_ahead(w, &level, &slot);
-    return ahead == INT64_MAX ? ahead : (w->tick + ahead) * 1000;
+    int64_t tick = w->fired ? w->tick : w->next;
+    return tick == INT64_MAX ? tick : tick * 1000;
 }
 
 /* ======================================================================== */
@@ -7086,7 +7093,7 @@ CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_opti
     l->stack_size = o->stack_size;
     l->max_results = o->max_results;
     l->last_step = crpci_loop_now(l);
-    l->timers.tick = l->last_step / 1000;
+    crpci_timer_open(&l->timers, l->last_step);
     crpci_timer_init(&l->age, crpci_drive_on_age);
     l->random = crpci_loop_seed(l);
     l->users.salt = crpci_loop_random(l);

@@ -25,7 +25,7 @@ static void on_fire(crpc_loop *loop, crpci_timer *t)
 static void start_at(int64_t now_us)
 {
     memset(&wheel, 0, sizeof wheel);
-    wheel.tick = now_us / 1000;
+    crpci_timer_open(&wheel, now_us);
     fired_count = 0;
 }
 
