@@ -86,13 +86,15 @@ CT_FN void ct_sleep_ms(int ms)
     }
 }
 
-/* Waits until `condition` holds, at most `ms` milliseconds. Its value: whether it did. */
+/* Waits until `condition` holds, at most `ms` milliseconds. Its value: whether it did, which is not
+ * asked again: what held for a moment has held. */
 #define CT_WAIT(condition, ms)                                                                     \
     __extension__({                                                                                \
         int64_t ct_until_ = ct_now_ms() + (ms);                                                    \
-        while (!(condition) && ct_now_ms() < ct_until_)                                            \
+        bool ct_late_, ct_met_;                                                                    \
+        while (ct_late_ = ct_now_ms() >= ct_until_, !(ct_met_ = (condition)) && !ct_late_)         \
             ct_sleep_ms(1);                                                                        \
-        (condition);                                                                               \
+        ct_met_;                                                                                   \
     })
 
 /* --- random numbers, repeatable with CRPC_TEST_SEED -------------------------------------- */

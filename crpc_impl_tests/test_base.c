@@ -116,6 +116,17 @@ static void siphash_golden_vectors(void **state)
     assert_true(crpci_base_siphash(key, bytes, 63) == UINT64_C(0x958a324ceb064572));
 }
 
+/* A session that ends between two looks must not turn a state that was seen into a failure. */
+static void a_wait_is_met_by_what_held_for_a_moment(void **state)
+{
+    int asked = 0;
+    (void)state;
+    assert_true(CT_WAIT(++asked == 3, 60000));
+    assert_int_equal(asked, 3);
+    assert_false(CT_WAIT(++asked == 3, 0));
+    assert_int_equal(asked, 4);
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
@@ -126,6 +137,7 @@ int main(void)
         CT_TEST(hash_golden_vectors),
         CT_TEST(hash_avalanche),
         CT_TEST(siphash_golden_vectors),
+        CT_TEST(a_wait_is_met_by_what_held_for_a_moment),
     };
     return CT_RUN(tests);
 }
