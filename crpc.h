@@ -21132,6 +21132,8 @@ typedef struct crpci_service_method {
                                              * connection compares a request's bytes with them */
     crpci_message_type request;
     crpci_message_type response;
+    size_t response_at; /* in the block of both structs: the request stands first */
+    size_t structs;     /* the size of that block, a multiple of 16 */
     void *quota; /* the guard's crpci_quota for the method; NULL: it has no limit */
 } crpci_service_method;
 
@@ -21226,6 +21228,8 @@ CRPCI_COLD crpci_service_method *crpci_service_prepare(crpci_heap *h, const crpc
         methods[i].user = user;
         methods[i].request = crpci_message_type_of(m->request, m->request_size);
         methods[i].response = crpci_message_type_of(m->response, m->response_size);
+        methods[i].response_at = (m->request_size + 15) & ~(size_t)15;
+        methods[i].structs = methods[i].response_at + ((m->response_size + 15) & ~(size_t)15);
         for (k = 0; k < CRPCI_PROTOCOLS_COUNT; k++) {
             methods[i].names[k] = crpci_protocols[k]->names(at, room, crpc_view_str(table->name),
                                                             crpc_view_str(m->name));
@@ -22787,7 +22791,7 @@ CRPCI_FN crpci_worker_flow *crpci_context_flow(crpc_context *x)
 CRPCI_FN const char *crpci_context_dispatch(crpc_context *x, bool admitted)
 {
     crpc_server *s = x->server;
-    if (!s->worker_count)
+    if (CRPCI_LIKELY(!s->worker_count))
         crpci_loop_ready(x->loop, &x->task);
     else if (!crpci_worker_put(&s->workers, crpci_context_flow(x), &x->task, admitted))
         return CRPCI_CONTEXT_CROWDED;
@@ -22816,8 +22820,7 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
 {
     const size_t align = 15, zero = offsetof(crpc_context, chunk);
     size_t at = (sizeof(crpc_context) + align) & ~align;
-    size_t response_at = (at + method->request.size + align) & ~align;
-    size_t copy_at = (response_at + method->response.size + align) & ~align;
+    size_t copy_at = at + method->structs;
     const uint8_t *from = (const uint8_t *)crpc_view_data(m->fields), *to = from;
     size_t size = (size_t)(m->payload + m->payload_size + m->attachment_size - from);
     size_t reply_at = copy_at + (size <= CRPCI_CONTEXT_COPY ? (size + align) & ~align : 0);
@@ -22832,7 +22835,7 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     x->origin.log_id = x->origin.trace_id = x->origin.span_id = 0;
     x->block = block;
     x->request = (char *)x + at;
-    x->response = (char *)x + response_at;
+    x->response = (char *)x + at + method->response_at;
     x->reply_at = reply_at;
     x->server = s;
     x->loop = conn->loop;
