@@ -2932,20 +2932,24 @@ CRPCI_FN void *crpci_heap_default_resize(void *user, void *ptr, size_t old_size,
 CRPCI_COLD void crpci_heap_log_to_stderr(crpci_heap *h, int level, const char *line)
 {
     static const char letters[] = "?EWID";
+    char begin[] = "crpc ? ", end[80] = "\n";
+    struct iovec parts[3];
     struct pollfd to;
-    char text[640];
     uint32_t lost = crpci_thread_load(&h->lost_lines);
     uint32_t more = lost - crpci_thread_load(&h->told_lines);
-    int n = snprintf(text, sizeof text - 1, "crpc %c %.511s",
-                     letters[level >= 1 && level <= 4 ? level : 0], line);
+    begin[5] = letters[level >= 1 && level <= 4 ? level : 0];
     if (CRPC_ENABLE_TEXTS && more)
-        n += snprintf(text + n, sizeof text - 1 - (size_t)n,
-                      "; %u lines before it were lost, because stderr was full", more);
-    text[n++] = '\n';
+        snprintf(end, sizeof end, "; %u lines before it were lost, because stderr was full\n", more);
+    parts[0].iov_base = begin;
+    parts[0].iov_len = sizeof begin - 1;
+    parts[1].iov_base = (void *)(uintptr_t)line; /* iovec has no const */
+    parts[1].iov_len = strlen(line);
+    parts[2].iov_base = end;
+    parts[2].iov_len = strlen(end);
     to.fd = STDERR_FILENO;
     to.events = POLLOUT;
     to.revents = 0;
-    if (poll(&to, 1, 0) == 1 && to.revents == POLLOUT && write(to.fd, text, (size_t)n) > 0)
+    if (poll(&to, 1, 0) == 1 && to.revents == POLLOUT && writev(STDERR_FILENO, parts, 3) > 0)
         crpci_thread_store(&h->told_lines, lost);
     else
         crpci_thread_add(&h->lost_lines, 1);

@@ -15,7 +15,7 @@ SYNCHRONOUS = {"crpc_channel_call"}
 STEPS = 30000       # of the search, for each function that it begins with
 
 PROGRAM = set("""clock_us resize log resolve before after fallback dropped post on_timer on_event
-    deliver serve pending on_lock on_election""".split())
+    deliver serve pending on_lock on_election authenticate""".split())
 
 # member: kinds of what is registered, or patterns of functions' names
 OTHER = {
@@ -29,6 +29,7 @@ OTHER = {
     "push": ["crpci_opening_on_list"],
     "tell": ["crpci_enrolment_on_status"],
     "status": ["crpci_enrolment_on_status"],
+    "screen": ["crpci_auth_screen"],
     "age": ["crpci_zk_directory_age"],
     "release": [r"crpci_(zk|config|queue|agreement)_\w*(release|unref|drop|free)"],
     "value": [r"crpci_(zk|config|queue)_\w*(value|changed)"],
