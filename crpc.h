@@ -21747,6 +21747,7 @@ CRPCI_COLD crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol,
 #define CRPCI_PEER_BUCKETS   64u
 #define CRPCI_PEER_SKETCH    4096u /* cells in each of the sketch's two rows */
 #define CRPCI_PEER_UNIT_US   15625 /* of the sketch's times: 1/64 s, which wraps after two years */
+#define CRPCI_PEER_COMPARE_US 10000 /* between two comparisons of all accounts: least */
 
 /* Makes the key of a peer's account: the address without what one host can choose. A host with
  * global IPv6 has at least a /64 to choose addresses from, so those 64 bits are dropped; link-local
@@ -21899,9 +21900,16 @@ typedef struct crpci_peer_account {
     crpci_worker_flow flow;      /* under the lock of the worker pool */
 } crpci_peer_account;
 
+/* The two accounts that held most of a resource by their weights when all were compared last. */
+typedef struct crpci_peer_top {
+    crpci_peer_account *at[2]; /* NULL: there is none, or it has ended since */
+    int64_t again_us;          /* when they are to be compared again */
+} crpci_peer_top;
+
 typedef struct crpci_peer_table {
     crpci_heap *heap;
     size_t count; /* accounts */
+    crpci_peer_top top[CRPCI_PEER_RESOURCES];
     crpci_list buckets[CRPCI_PEER_BUCKETS];
     uint64_t secret[2]; /* a peer cannot choose addresses that fall into one bucket or cell */
     crpci_peer_networks weights;
@@ -22025,6 +22033,11 @@ CRPCI_FN void crpci_peer_release(crpci_peer_table *t, crpci_peer_account *a,
         if (a->held[i])
             return;
     }
+    for (i = 0; i < CRPCI_PEER_RESOURCES; i++) {
+        crpci_peer_account **at = t->top[i].at;
+        at[0] = at[0] == a ? NULL : at[0];
+        at[1] = at[1] == a ? NULL : at[1];
+    }
     if (t->sketch)
         crpci_peer_keep_debt(t, &a->bucket, crpci_peer_hash(t, &a->key), now_us);
     crpci_list_remove(&a->link);
@@ -22040,22 +22053,38 @@ CRPCI_FN bool crpci_peer_is_larger(const crpci_peer_account *a, const crpci_peer
            (uint64_t)crpci_thread_load(&b->held[what]) * a->weight;
 }
 
-/* The account other than `but` that holds most by its weight. NULL: there is no other. */
-CRPCI_COLD crpci_peer_account *crpci_peer_largest(const crpci_peer_table *t,
-                                                  const crpci_peer_account *but,
-                                                  crpci_peer_resource what)
+/* Compares all accounts. Whoever asks for the largest is likely to be one of an attacker's many
+ * requests, so this is done at most every 10 ms, and less often the more accounts there are. */
+CRPCI_COLD void crpci_peer_compare(crpci_peer_table *t, crpci_peer_resource what, int64_t now_us)
 {
-    crpci_peer_account *best = NULL;
+    crpci_peer_account **at = t->top[what].at;
     size_t k;
+    at[0] = at[1] = NULL;
     for (k = 0; k < CRPCI_PEER_BUCKETS; k++) {
         crpci_list *i;
         for (i = t->buckets[k].next; i != &t->buckets[k]; i = i->next) {
             crpci_peer_account *a = CRPCI_CONTAINER(i, crpci_peer_account, link);
-            if (a != but && (!best || crpci_peer_is_larger(a, best, what)))
-                best = a;
+            if (!at[0] || crpci_peer_is_larger(a, at[0], what)) {
+                at[1] = at[0];
+                at[0] = a;
+            } else if (!at[1] || crpci_peer_is_larger(a, at[1], what)) {
+                at[1] = a;
+            }
         }
     }
-    return best;
+    t->top[what].again_us = now_us + CRPCI_PEER_COMPARE_US + (int64_t)t->count;
+}
+
+/* The account other than `but` that held most by its weight when all were compared last. NULL:
+ * there is no other. */
+CRPCI_COLD crpci_peer_account *crpci_peer_largest(crpci_peer_table *t,
+                                                  const crpci_peer_account *but,
+                                                  crpci_peer_resource what, int64_t now_us)
+{
+    crpci_peer_account *const *at = t->top[what].at;
+    if (now_us >= t->top[what].again_us)
+        crpci_peer_compare(t, what, now_us);
+    return at[0] && at[0] != but ? at[0] : at[1] != but ? at[1] : NULL;
 }
 
 /* Copies the accounts to a new array of *count; NULL: there are none, or out of memory. */
@@ -22084,7 +22113,7 @@ CRPCI_COLD crpci_peer_account *crpci_peer_copy(const crpci_peer_table *t, size_t
  * of `most` are held by all. Up to three quarters of them anybody may have all. Above them the
  * largest account gets no more, so that the rest is there for others, but one each. With `victim`
  * not NULL, `total` may be over `most` if a larger account can yield one: *victim. */
-CRPCI_FN bool crpci_peer_may_keep(const crpci_peer_table *t, const crpci_peer_account *own,
+CRPCI_FN bool crpci_peer_may_keep(crpci_peer_table *t, const crpci_peer_account *own,
                                   crpci_peer_resource what, uint64_t total, uint64_t most,
                                   const crpci_peer_account **victim)
 {
@@ -22093,7 +22122,7 @@ CRPCI_FN bool crpci_peer_may_keep(const crpci_peer_table *t, const crpci_peer_ac
         *victim = NULL;
     if (total <= most - most / 4)
         return true;
-    other = crpci_peer_largest(t, own, what);
+    other = crpci_peer_largest(t, own, what, crpci_heap_rough_now(t->heap));
     if (crpci_thread_load(&own->held[what]) > 1 &&
         (!other || crpci_peer_is_larger(own, other, what)))
         return false;

@@ -194,9 +194,10 @@ static void leave(crpci_peer_table *t, crpci_peer_account *a, int64_t now)
     crpci_peer_release(t, a, CRPCI_PEER_CONNECTIONS, now);
 }
 
-static crpci_peer_account *largest(const crpci_peer_table *t, const crpci_peer_account *but)
+static crpci_peer_account *largest(crpci_peer_table *t, const crpci_peer_account *but)
 {
-    return crpci_peer_largest(t, but, CRPCI_PEER_CONNECTIONS);
+    static int64_t now;
+    return crpci_peer_largest(t, but, CRPCI_PEER_CONNECTIONS, now += SECOND);
 }
 
 static void an_account_lives_as_long_as_its_connections(void **state)
@@ -236,6 +237,31 @@ static void the_largest_account_is_so_by_its_weight(void **state)
         leave(t, gateway, 0);
     leave(t, host, 0);
     leave(t, host, 0);
+    crpci_peer_close(t, h);
+    crpci_heap_unref(h);
+}
+
+/* An attacker with many addresses must not buy a comparison of all accounts with each request. */
+static void accounts_are_compared_now_and_then(void **state)
+{
+    crpci_heap *h = heap();
+    crpci_peer_table *t = table(h, 0, 0);
+    crpci_peer_account *a = join(t, "10.0.0.7", 0), *b = join(t, "10.0.0.8", 0);
+    const crpci_peer_resource what = CRPCI_PEER_CONNECTIONS;
+    (void)state;
+    join(t, "10.0.0.7", 0);
+    assert_ptr_equal(crpci_peer_largest(t, NULL, what, SECOND), a);
+    join(t, "10.0.0.8", 0);
+    join(t, "10.0.0.8", 0);
+    assert_ptr_equal(crpci_peer_largest(t, NULL, what, SECOND + 9999), a);
+    assert_ptr_equal(crpci_peer_largest(t, NULL, what, SECOND + 10002), b);
+    leave(t, b, 0);
+    leave(t, b, 0);
+    leave(t, b, 0); /* it ends, and is not told of any more */
+    assert_ptr_equal(crpci_peer_largest(t, NULL, what, SECOND + 10003), a);
+    assert_null(crpci_peer_largest(t, a, what, SECOND + 10003));
+    leave(t, a, 0);
+    leave(t, a, 0);
     crpci_peer_close(t, h);
     crpci_heap_unref(h);
 }
@@ -361,6 +387,7 @@ int main(void)
         CT_TEST(link_local_hosts_differ_by_interface),
         CT_TEST(an_account_lives_as_long_as_its_connections),
         CT_TEST(the_largest_account_is_so_by_its_weight),
+        CT_TEST(accounts_are_compared_now_and_then),
         CT_TEST(reconnecting_does_not_fill_the_bucket),
         CT_TEST(other_hosts_do_not_reset_a_debt),
         CT_TEST(debts_of_others_seldom_hit_a_new_host),
