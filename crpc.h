@@ -15482,6 +15482,7 @@ CRPCI_COLD int crpci_open_registry(crpc_loop *l, const char *url,
 
 /* An open registry, as programs have it. The sections down to impl-registry share its members. */
 struct crpc_registry {
+    CRPCI_HANDLE
     crpc_loop *loop;
     bool private_loop;
     crpci_zk_session *session;
@@ -15496,6 +15497,7 @@ typedef struct crpci_item crpci_item;
 /* Functions of a kind of item. All are called locked. */
 typedef struct crpci_item_kind {
     size_t size;                    /* of the struct that contains the item */
+    bool is_handle;                 /* the program has its address, and may close it twice */
     void (*tell)(crpci_item *item); /* runs the program's callback; unlocks meanwhile */
     void (*end)(crpci_item *item);  /* the registry closes: removes the item from it */
     void (*free)(crpci_item *item); /* frees what the item owns. NULL: nothing */
@@ -15503,6 +15505,7 @@ typedef struct crpci_item_kind {
 
 /* First member of the struct of each kind. The loop's lock guards it. */
 struct crpci_item {
+    CRPCI_HANDLE
     const crpci_item_kind *kind;
     crpci_list node;      /* in owner->items */
     crpc_registry *owner; /* NULL: the item has ended */
@@ -15524,7 +15527,10 @@ CRPCI_FN void crpci_agreement_unref(void *holder)
     s->refs--;
     if (item->kind->free)
         item->kind->free(item);
-    crpci_heap_free(s->heap, item, item->kind->size);
+    if (item->kind->is_handle)
+        crpci_heap_retire(s->heap, item, item->kind->size);
+    else
+        crpci_heap_free(s->heap, item, item->kind->size);
 }
 
 /* The loop task of an item, on the thread that drives the loop. */
@@ -16058,7 +16064,7 @@ CRPCI_FN void crpci_operations_free(crpci_item *item)
     crpci_heap_strfree(item->session->heap, c->first);
 }
 
-static const crpci_item_kind crpci_operations_kind = {sizeof(crpci_operations_call),
+static const crpci_item_kind crpci_operations_kind = {sizeof(crpci_operations_call), false,
                                                       crpci_operations_tell, crpci_operations_end,
                                                       crpci_operations_free};
 
@@ -16252,7 +16258,7 @@ CRPCI_FN void crpci_config_free(crpci_item *item)
     crpci_heap_chunk_unref(CRPCI_CONTAINER(item, crpci_config_watch, item)->value);
 }
 
-static const crpci_item_kind crpci_config_kind = {sizeof(crpci_config_watch), crpci_config_tell,
+static const crpci_item_kind crpci_config_kind = {sizeof(crpci_config_watch), false, crpci_config_tell,
                                                   crpci_config_end, crpci_config_free};
 
 /* The program may be called before this returns, on the thread that drives the loop; *id is set
@@ -16597,7 +16603,7 @@ CRPCI_FN void crpci_queue_end(crpci_item *item)
     crpci_agreement_unref(item);
 }
 
-static const crpci_item_kind crpci_queue_kind = {sizeof(crpci_queue_place), crpci_queue_tell,
+static const crpci_item_kind crpci_queue_kind = {sizeof(crpci_queue_place), true, crpci_queue_tell,
                                                  crpci_queue_end, crpci_queue_free};
 
 /* A new place outside the queue, with a reference for the handle. Locked. */
@@ -16650,6 +16656,7 @@ CRPCI_FN int crpci_queue_open(crpc_registry *r, const char *path, crpc_view who,
     crpci_loop_lock(r->loop);
     err = crpci_queue_new(r, path, who, user, out);
     if (!err) {
+        CRPCI_HANDLE_OPEN(&(*out)->item);
         (*out)->on_lock = on_lock;
         (*out)->on_election = on_election;
     }
@@ -16694,6 +16701,7 @@ CRPC_API int crpc_lock_acquire(crpc_lock *lock, int timeout_ms)
     crpci_queue_place *q = &lock->place;
     crpci_zk_session *s = q->item.session;
     int err = CRPC_OK;
+    CRPCI_HANDLE_CHECK(&q->item);
     crpci_loop_lock(s->loop);
     if (!q->item.owner)
         err = CRPC_ECANCELED;
@@ -16722,6 +16730,7 @@ CRPC_API void crpc_lock_release(crpc_lock *lock)
 {
     crpci_queue_place *q = &lock->place;
     crpci_zk_session *s = q->item.session;
+    CRPCI_HANDLE_CHECK(&q->item);
     crpci_loop_lock(s->loop);
     if (q->item.owner && (q->state != CRPCI_QUEUE_OUT || q->told == CRPCI_QUEUE_LEADS)) {
         if (q->told == CRPCI_QUEUE_LEADS)
@@ -16734,8 +16743,10 @@ CRPC_API void crpc_lock_release(crpc_lock *lock)
 
 CRPC_API void crpc_lock_close(crpc_lock *lock)
 {
-    if (lock)
-        crpci_queue_close(&lock->place);
+    if (!lock)
+        return;
+    CRPCI_HANDLE_CLOSE(&lock->place.item);
+    crpci_queue_close(&lock->place);
 }
 
 CRPC_API int crpc_election_open(crpc_election **election, crpc_registry *r, const char *path,
@@ -16772,8 +16783,10 @@ CRPC_API void crpc_election_resign(crpc_election *election)
 
 CRPC_API void crpc_election_close(crpc_election *election)
 {
-    if (election)
-        crpci_queue_close(&election->place);
+    if (!election)
+        return;
+    CRPCI_HANDLE_CLOSE(&election->place.item);
+    crpci_queue_close(&election->place);
 }
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
@@ -16857,7 +16870,7 @@ CRPCI_FN void crpci_registry_end(crpci_item *item)
     crpci_zk_job_drop(&CRPCI_CONTAINER(item, crpci_registry_gate, item)->job);
 }
 
-static const crpci_item_kind crpci_registry_kind = {sizeof(crpci_registry_gate),
+static const crpci_item_kind crpci_registry_kind = {sizeof(crpci_registry_gate), false,
                                                     crpci_registry_tell, crpci_registry_end, NULL};
 
 /* The options that a URL may name. */
@@ -16966,6 +16979,7 @@ CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const
     }
     r->loop = loop;
     r->private_loop = private_loop;
+    CRPCI_HANDLE_OPEN(r);
     crpci_list_init(&r->items);
     crpci_loop_hold(loop);
     err = crpci_url_parse(&u, loop->heap, url, error);
@@ -16995,6 +17009,7 @@ CRPC_API void crpc_registry_close(crpc_registry *r)
     bool private_loop;
     if (!r)
         return;
+    CRPCI_HANDLE_CLOSE(r);
     l = r->loop;
     private_loop = r->private_loop;
     if (r->session) {
@@ -17009,7 +17024,7 @@ CRPC_API void crpc_registry_close(crpc_registry *r)
     }
     crpci_id_free(&r->configs, l->heap);
     crpci_heap_strfree(l->heap, r->root);
-    crpci_heap_free(l->heap, r, sizeof *r);
+    crpci_heap_retire(l->heap, r, sizeof *r);
     if (private_loop)
         crpc_loop_close(l);
     crpci_loop_release(l);

@@ -1119,31 +1119,6 @@ CT_FN void done_blob(void *user, int status, const dyn_Blob *response, crpc_call
     pthread_mutex_unlock(&d->lock);
 }
 
-/* Runs fn in a child process, which must abort; keeps what it has printed. For checks of CRPC_DEBUG. */
-CT_FN void net_expect_abort(void (*fn)(void), char *text, size_t size)
-{
-    int fds[2], status;
-    size_t n = 0;
-    ssize_t got;
-    pid_t child;
-    assert_int_equal(pipe(fds), 0);
-    child = fork();
-    assert_true(child >= 0);
-    if (!child) {
-        dup2(fds[1], 2);
-        signal(SIGABRT, SIG_DFL);
-        fn();
-        _exit(0);
-    }
-    close(fds[1]);
-    while ((got = read(fds[0], text + n, size - 1 - n)) > 0)
-        n += (size_t)got;
-    text[n] = '\0';
-    close(fds[0]);
-    assert_int_equal(waitpid(child, &status, 0), child);
-    assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT);
-}
-
 /* --- several providers behind one channel ----------------------------------------------------- */
 
 #define FLEET_MAX 6

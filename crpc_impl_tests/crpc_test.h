@@ -45,6 +45,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -96,6 +97,33 @@ CT_FN void ct_sleep_ms(int ms)
             ct_sleep_ms(1);                                                                        \
         ct_met_;                                                                                   \
     })
+
+/* --- aborting --------------------------------------------------------------------------- */
+
+/* Runs fn in a child process, which must abort; keeps what it has printed. For checks of CRPC_DEBUG. */
+CT_FN void ct_expect_abort(void (*fn)(void), char *text, size_t size)
+{
+    int fds[2], status;
+    size_t n = 0;
+    ssize_t got;
+    pid_t child;
+    assert_int_equal(pipe(fds), 0);
+    child = fork();
+    assert_true(child >= 0);
+    if (!child) {
+        dup2(fds[1], 2);
+        signal(SIGABRT, SIG_DFL);
+        fn();
+        _exit(0);
+    }
+    close(fds[1]);
+    while ((got = read(fds[0], text + n, size - 1 - n)) > 0)
+        n += (size_t)got;
+    text[n] = '\0';
+    close(fds[0]);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT);
+}
 
 /* --- random numbers, repeatable with CRPC_TEST_SEED -------------------------------------- */
 

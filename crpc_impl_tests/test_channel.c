@@ -722,7 +722,7 @@ static void debug_builds_report_misuse(void **state)
     size_t i;
     (void)state;
     for (i = 0; i < sizeof cases / sizeof *cases; i++) {
-        net_expect_abort(cases[i].fn, text, sizeof text);
+        ct_expect_abort(cases[i].fn, text, sizeof text);
         assert_string_equal(text, cases[i].says);
     }
 }

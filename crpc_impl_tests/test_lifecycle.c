@@ -891,7 +891,7 @@ static void debug_builds_report_a_second_close(void **state)
 {
     char text[300];
     (void)state;
-    net_expect_abort(close_server_twice, text, sizeof text);
+    ct_expect_abort(close_server_twice, text, sizeof text);
     assert_string_equal(text, "crpc: crpc_server_close: the object is closed already\n");
 }
 

@@ -105,9 +105,85 @@ static void it_leaves_nothing_behind(void **state)
     assert_true(ct_sweep(use, &port) > 30);
 }
 
+/* --- CRPC_DEBUG ------------------------------------------------------------------------------- */
+
+static crpc_registry *abort_registry(void)
+{
+    crpc_loop *loop = nowhere_loop(NULL);
+    crpc_registry *r;
+    if (nowhere_open(&r, loop, ct_free_port(), ""))
+        _exit(2);
+    return r;
+}
+
+static void ignore_lock(void *user, int status, int64_t token)
+{
+    (void)user, (void)status, (void)token;
+}
+
+static void ignore_election(void *user, bool leader, int64_t token)
+{
+    (void)user, (void)leader, (void)token;
+}
+
+static void close_registry_twice(void)
+{
+    crpc_registry *r = abort_registry();
+    crpc_registry_close(r);
+    crpc_registry_close(r);
+}
+
+static void close_lock_twice(void)
+{
+    crpc_lock *lock;
+    if (crpc_lock_open(&lock, abort_registry(), "l", NULL, ignore_lock, NULL))
+        _exit(3);
+    crpc_lock_close(lock);
+    crpc_lock_close(lock);
+}
+
+static void acquire_after_close(void)
+{
+    crpc_lock *lock;
+    if (crpc_lock_open(&lock, abort_registry(), "l", NULL, ignore_lock, NULL))
+        _exit(3);
+    crpc_lock_close(lock);
+    _exit(crpc_lock_acquire(lock, -1));
+}
+
+static void close_election_twice(void)
+{
+    crpc_election *e;
+    if (crpc_election_open(&e, abort_registry(), "e", crpc_view_str("me"), ignore_election, NULL))
+        _exit(3);
+    crpc_election_close(e);
+    crpc_election_close(e);
+}
+
+static void debug_builds_report_closed_handles(void **state)
+{
+    static const struct {
+        void (*fn)(void);
+        const char *says;
+    } cases[] = {
+        {close_registry_twice, "crpc: crpc_registry_close: the object is closed already\n"},
+        {close_lock_twice, "crpc: crpc_lock_close: the object is closed already\n"},
+        {acquire_after_close, "crpc: crpc_lock_acquire: the object is closed already\n"},
+        {close_election_twice, "crpc: crpc_election_close: the object is closed already\n"},
+    };
+    char text[300];
+    size_t i;
+    (void)state;
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        ct_expect_abort(cases[i].fn, text, sizeof text);
+        assert_string_equal(text, cases[i].says);
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
+        CT_TEST(debug_builds_report_closed_handles),
         CT_TEST(it_refuses_bad_urls),
         CT_TEST(it_leaves_nothing_behind),
     };
