@@ -8575,6 +8575,17 @@ typedef enum crpci_conn_parting {
 
 #define CRPCI_CONN_LINGER 1000000 /* microseconds that a connection stays SHUT */
 
+/* What an ordered protocol keeps for a connection. Accepted: each request gets a turn, and `held`
+ * keeps the replies whose turn has not come, sorted. Dialled: the ring `awaited` holds the ids of
+ * requests that are being sent or were sent, in the order in which their replies will arrive. */
+typedef struct crpci_conn_order {
+    uint32_t turns;
+    uint32_t turn_due;
+    crpci_out *held;
+    int64_t *awaited;
+    size_t size, first, count; /* of the ring */
+} crpci_conn_order;
+
 struct crpci_conn {
     crpci_list link; /* in loop->conns */
     crpc_loop *loop;
@@ -8586,8 +8597,8 @@ struct crpci_conn {
     void *io_state;
     const crpci_protocol *protocol;         /* NULL: not detected yet */
     const crpci_protocol *const *protocols; /* accepted: the candidates, ended by NULL */
-    size_t protocol_index;                  /* of `protocol` in `protocols` */
     void *protocol_state;
+    crpci_conn_order *order; /* of an ordered protocol, else NULL */
     const crpci_conn_events *up;
     void *owner;
     crpci_sock_name peer;
@@ -8596,36 +8607,37 @@ struct crpci_conn {
     /* Asked about each message when its head has come, perhaps again with its body. False: the
      * owner has refused it. NULL: all pass. */
     bool (*screen)(struct crpci_conn *c, const crpci_message *m);
+    crpci_list cancels; /* crpci_task: what is to run when the peer is gone */
+    const char *mark; /* field that the first frame to leave will bring; NULL: none, or sent */
     uint32_t refs;
     uint32_t busy; /* accepted: requests being served. Dialled: requests that await a reply */
     uint32_t gone; /* atomic: the peer sends no more, or the connection is closed */
-    crpci_list cancels; /* crpci_task: what is to run then */
-    const char *mark; /* field that the first frame to leave will bring; NULL: none, or sent */
-    bool is_crpc;     /* accepted: the peer has said so, and understands a farewell */
     int fd;
     int why;       /* crpc_status of the close */
     int why_errno; /* 0: none */
     int broken;    /* errno of a send that failed; the connection closes when its input is read */
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
-    crpci_conn_parting parting;
-    int64_t quiet_us; /* while it LEAVES: when it was last seen at work. SHUT: since then */
-    uint64_t quiet_rx; /* bytes of a partial message at that time */
+    bool is_crpc; /* accepted: the peer has said so, and understands a farewell */
     bool refused; /* accepted over max_connections, only to say so */
     bool shut;    /* further input is dropped */
     bool unread; /* input is waiting: it could not be read while another thread wrote */
-    uint32_t max_body;
+    uint8_t parting;        /* crpci_conn_parting */
+    uint8_t protocol_index; /* of `protocol` in `protocols` */
+    int64_t quiet_us; /* while it LEAVES: when it was last seen at work. SHUT: since then */
+    uint64_t quiet_rx; /* bytes of a partial message at that time */
     int64_t max_skip;
     uint64_t skip;      /* bytes of a refused body still to be dropped */
     crpci_chunk *rx;    /* a message of which only a part has arrived; NULL: none */
     size_t rx_len;
     size_t rx_need;     /* bytes to collect in rx before it grows or is parsed */
     size_t rx_total;    /* bytes that the protocol asked for */
-    int64_t rx_since;   /* when the partial message began, for frame_timeout_us */
-    int64_t frame_timeout_us; /* 0: none */
-    int64_t write_timeout_us; /* 0: none */
+    int64_t rx_since;   /* when the partial message began, for frame_timeout_ms */
+    uint32_t max_body;
+    int32_t frame_timeout_ms; /* 0: none */
+    int32_t write_timeout_ms; /* 0: none */
+    int stalled_bytes;        /* that the kernel held for the peer at stalled_us */
     int64_t stalled_us;       /* since when the peer has taken no byte. 0: it takes them */
-    int stalled_bytes;        /* that the kernel held for the peer then */
     crpci_chunk *left;  /* input over the step's budget */
     const uint8_t *left_at;
     size_t left_len;
@@ -8633,14 +8645,6 @@ struct crpci_conn {
     crpci_out **tx_end;
     int64_t tx_bytes;
     int64_t tx_memory; /* bytes of memory in the queue: small frames take more than tx_bytes */
-    /* In ordered protocols. Accepted: each request gets a turn, and `held` keeps the replies whose
-     * turn has not come, sorted. Dialled: the ring `awaited` holds the ids of requests that are
-     * being sent or were sent, in the order in which their replies will arrive. */
-    uint32_t turns;
-    uint32_t turn_due;
-    crpci_out *held;
-    int64_t *awaited;
-    size_t awaited_size, awaited_first, awaited_count;
     int64_t opened_us;
     int64_t old_us;     /* from then on it is closed when it is idle. 0: never */
     int64_t arrived_us; /* when input was read last, also that in `left` */
@@ -8733,7 +8737,9 @@ CRPCI_COLD void crpci_conn_free(crpci_conn *c)
     crpci_heap *h = c->loop->heap;
     if (CRPCI_CONN_PROTOCOLS && c->protocol) {
         crpci_heap_free(h, c->protocol_state, c->protocol->state_size);
-        crpci_heap_free(h, c->awaited, c->awaited_size * sizeof *c->awaited);
+        if (c->order)
+            crpci_heap_free(h, c->order->awaited, c->order->size * sizeof *c->order->awaited);
+        crpci_heap_free(h, c->order, sizeof *c->order);
     }
     crpci_heap_free(h, c, sizeof *c);
 }
@@ -8761,7 +8767,8 @@ CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
     if (c->reading || c->writing)
         return; /* rule P7: the thread that uses the descriptor calls this when it is done */
     crpci_conn_out_free_all(&c->tx_head);
-    crpci_conn_out_free_all(&c->held);
+    if (c->order)
+        crpci_conn_out_free_all(&c->order->held);
     c->tx_end = &c->tx_head;
     crpci_heap_chunk_unref(c->rx);
     crpci_heap_chunk_unref(c->left);
@@ -8887,7 +8894,7 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
 /* Whether nothing is to be sent, and nothing unread, besides a message that has come in part. */
 CRPCI_FN bool crpci_conn_settled(const crpci_conn *c)
 {
-    return !c->tx_head && !c->held && !c->left && !crpci_conn_engaged(c) &&
+    return !c->tx_head && !(c->order && c->order->held) && !c->left && !crpci_conn_engaged(c) &&
            crpci_conn_transport(c)->idle(c->fd, c->io_state);
 }
 
@@ -8947,8 +8954,9 @@ CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n, bo
  * again. */
 CRPCI_COLD void crpci_conn_await(crpci_conn *c, crpci_out *o)
 {
-    size_t size = c->awaited_size, more = size ? 2 * size : 16;
-    if (c->awaited_count == size) {
+    crpci_conn_order *q = c->order;
+    size_t size = q->size, more = size ? 2 * size : 16;
+    if (q->count == size) {
         int64_t *ring = (int64_t *)crpci_heap_alloc(c->loop->heap, more * sizeof *ring);
         size_t i;
         if (!ring) {
@@ -8956,13 +8964,13 @@ CRPCI_COLD void crpci_conn_await(crpci_conn *c, crpci_out *o)
             return;
         }
         for (i = 0; i < size; i++)
-            ring[i] = c->awaited[(c->awaited_first + i) % size];
-        crpci_heap_free(c->loop->heap, c->awaited, size * sizeof *ring);
-        c->awaited = ring;
-        c->awaited_size = more;
-        c->awaited_first = 0;
+            ring[i] = q->awaited[(q->first + i) % size];
+        crpci_heap_free(c->loop->heap, q->awaited, size * sizeof *ring);
+        q->awaited = ring;
+        q->size = more;
+        q->first = 0;
     }
-    c->awaited[(c->awaited_first + c->awaited_count++) % c->awaited_size] = o->id;
+    q->awaited[(q->first + q->count++) % q->size] = o->id;
     o->awaited = true;
 }
 
@@ -8974,7 +8982,7 @@ CRPCI_COLD void crpci_conn_await_not(crpci_conn *c)
     for (o = c->tx_head; o && (o->awaited || o->sent); o = o->next) {
         if (!o->sent) {
             o->awaited = false;
-            c->awaited_count -= c->awaited_count != 0; /* 0: the peer answered unsent requests */
+            c->order->count -= c->order->count != 0; /* 0: the peer answered unsent requests */
         }
     }
 }
@@ -9064,17 +9072,17 @@ CRPCI_COLD int crpci_conn_may_offer(crpci_conn *c, const crpci_conn_batch *b)
     return c->io->flags & CRPCI_TRANSPORT_GATHER ? b->count : 1;
 }
 
-/* Sending has to wait until the transport takes more, at most for write_timeout_us. What it was
+/* Sending has to wait until the transport takes more, at most for write_timeout_ms. What it was
  * offered it may have to be offered again. */
 CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int count)
 {
     crpci_out *o = c->tx_head;
     size_t offered = 0;
     c->blocked = true;
-    if (c->write_timeout_us && !c->stalled_us) {
+    if (c->write_timeout_ms && !c->stalled_us) {
         c->stalled_us = crpci_loop_now(c->loop);
         c->stalled_bytes = crpci_sock_unsent(c->fd);
-        crpci_conn_timer_by(c, c->stalled_us + c->write_timeout_us);
+        crpci_conn_timer_by(c, c->stalled_us + (int64_t)c->write_timeout_ms * 1000);
     }
     if (!crpci_conn_is_plain(c) && c->io->flags & CRPCI_TRANSPORT_REPEAT) {
         while (count)
@@ -9099,7 +9107,7 @@ CRPCI_COLD int64_t crpci_conn_stall_end(crpci_conn *c, int64_t now)
         c->stalled_bytes = unsent;
         c->stalled_us = now;
     }
-    return c->stalled_us + c->write_timeout_us;
+    return c->stalled_us + (int64_t)c->write_timeout_ms * 1000;
 }
 
 /* A send has failed. A dialled connection is read once more before it closes: a server that refuses
@@ -9206,20 +9214,22 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
  * all earlier requests are queued. */
 CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
 {
-    crpci_out **at = &c->held;
+    crpci_conn_order *q = c->order;
+    crpci_out **at;
     if (!crpci_conn_ordered(c)) {
         crpci_conn_queue(c, o);
         return;
     }
+    at = &q->held;
     while (*at && (int32_t)((*at)->turn - turn) < 0)
         at = &(*at)->next;
     o->turn = turn;
     o->next = *at;
     *at = o;
     c->tx_memory += crpci_conn_out_memory(o);
-    while ((o = c->held) != NULL && o->turn == c->turn_due) {
-        c->turn_due++;
-        c->held = o->next;
+    while ((o = q->held) != NULL && o->turn == q->turn_due) {
+        q->turn_due++;
+        q->held = o->next;
         c->tx_memory -= crpci_conn_out_memory(o);
         crpci_conn_queue(c, o);
     }
@@ -9278,20 +9288,21 @@ CRPCI_FN void crpci_receive_bad(crpci_conn *c, const char *what)
 CRPCI_FN void crpci_receive_begun(crpci_conn *c)
 {
     c->rx_since = crpci_loop_now(c->loop);
-    if (c->frame_timeout_us)
-        crpci_conn_timer_by(c, c->rx_since + c->frame_timeout_us);
+    if (c->frame_timeout_ms)
+        crpci_conn_timer_by(c, c->rx_since + (int64_t)c->frame_timeout_ms * 1000);
 }
 
 /* Orders a message of an ordered protocol: a request gets the next turn, a reply the id of the
  * oldest awaited request. False: the connection was closed. */
 CRPCI_COLD bool crpci_receive_place(crpci_conn *c, crpci_message *m)
 {
+    crpci_conn_order *q = c->order;
     if (m->kind == CRPCI_MESSAGE_REQUEST) {
-        m->turn = c->turns++;
-    } else if (c->awaited_count) {
-        m->id = c->awaited[c->awaited_first];
-        c->awaited_first = (c->awaited_first + 1) % c->awaited_size;
-        c->awaited_count--;
+        m->turn = q->turns++;
+    } else if (q->count) {
+        m->id = q->awaited[q->first];
+        q->first = (q->first + 1) % q->size;
+        q->count--;
     } else {
         crpci_receive_bad(c, "the peer sent a reply, but no request awaits one");
         return false;
@@ -9338,13 +9349,18 @@ CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t
 /* Fixes the connection's protocol. False: out of memory, and the connection was closed. */
 CRPCI_FN bool crpci_receive_speak(crpci_conn *c, const crpci_protocol *p)
 {
+    bool ordered = p->flags & CRPCI_PROTOCOL_ORDERED;
     c->protocol = p;
-    if (!CRPCI_CONN_PROTOCOLS || !p->state_size)
+    if (!CRPCI_CONN_PROTOCOLS || (!p->state_size && !ordered))
         return true;
-    c->protocol_state = crpci_heap_alloc(c->loop->heap, p->state_size);
-    if (!c->protocol_state)
-        crpci_conn_close(c, CRPC_ENOMEM, 0);
-    return c->protocol_state != NULL;
+    if (p->state_size)
+        c->protocol_state = crpci_heap_alloc(c->loop->heap, p->state_size);
+    if (ordered)
+        c->order = (crpci_conn_order *)crpci_heap_alloc(c->loop->heap, sizeof *c->order);
+    if ((!p->state_size || c->protocol_state) && (!ordered || c->order))
+        return true;
+    crpci_conn_close(c, CRPC_ENOMEM, 0);
+    return false;
 }
 
 /* Recognises the protocol of an accepted connection. False: too few bytes yet, or closed. */
@@ -9355,7 +9371,7 @@ CRPCI_COLD bool crpci_receive_detect(crpci_conn *c, const uint8_t *p, size_t n)
     for (i = 0; c->protocols[i]; i++) {
         crpci_detected found = c->protocols[i]->detect(p, n);
         if (found == CRPCI_DETECTED_YES) {
-            c->protocol_index = i;
+            c->protocol_index = (uint8_t)i;
             return crpci_receive_speak(c, c->protocols[i]);
         }
         more = more || found == CRPCI_DETECTED_MORE;
@@ -23857,8 +23873,8 @@ CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
         return;
     }
-    if ((conn->rx || conn->skip) && conn->frame_timeout_us)
-        next = (conn->paused ? now : conn->rx_since) + conn->frame_timeout_us;
+    if ((conn->rx || conn->skip) && conn->frame_timeout_ms)
+        next = (conn->paused ? now : conn->rx_since) + (int64_t)conn->frame_timeout_ms * 1000;
     next = crpci_base_min64(next, crpci_conn_stall_end(conn, now));
     if (conn->old_us)
         next = crpci_base_min64(next, crpci_intake_old_end(conn, now));
@@ -24031,8 +24047,8 @@ CRPCI_FN void crpci_listener_configure(const crpc_server *s, crpci_conn *conn)
     conn->screen = s->options.access.authenticate ? crpci_auth_screen : NULL;
     conn->max_body = (uint32_t)s->options.limits.max_body;
     conn->max_skip = s->options.max_skip;
-    conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
-    conn->write_timeout_us = (int64_t)s->options.write_timeout_ms * 1000;
+    conn->frame_timeout_ms = s->options.frame_timeout_ms;
+    conn->write_timeout_ms = s->options.write_timeout_ms;
     first = first && (!idle || first < idle) ? first : idle;
     if (first)
         crpci_loop_timer_set(conn->loop, &conn->timer, first * 1000);
