@@ -128,6 +128,7 @@ TSAN_BIN := $(TSAN_SRC:$(T_DIR)/%.c=$(B)/tsan/%)
 # MUTANT/PROGRAM for the programs that name it, else MUTANT/none, which the runner reports.
 mutant_programs = $(or $(patsubst $(T_DIR)/%.c,%,$(shell grep -lsw 'crpc-test-mutants:.*$(1)' /dev/null $(TSAN_SRC))),none)
 MUTANT_BIN := $(foreach m,$(MUTANTS),$(addprefix $(B)/mutant/$(m)/,$(call mutant_programs,$(m))))
+MUTANT_BIN := $(if $(T),$(filter-out %/none,$(MUTANT_BIN)),$(MUTANT_BIN))
 
 TEST_GEN_C := $(foreach g,$(TEST_GEN),$(g).pb.c $(g).crpc.c)
 TEST_GEN_H := $(foreach g,$(TEST_GEN),$(g).pb.h $(g).crpc.h)

@@ -124,6 +124,7 @@ $(BENCH)/hist_test: bench/press/hist_test.c bench/press/hist.h
 
 build-test: $(if $(filter %/press_test.py,$(SCRIPTS)),$(BENCH)/crpc_press $(BENCH)/hist_test \
   build-examples)
+build-test: $(if $(filter %/system/attack.py,$(SCRIPTS)),$(BENCH)/attack_server $(BENCH)/crpc_press)
 
 .PHONY: press
 press: $(BENCH)/crpc_press ## build build/bench/crpc_press, a load generator for any baidu_std server

@@ -32,6 +32,7 @@ TIMEOUT = 300          # seconds, of one program, and again of each restart
 RESTARTS = 3           # of one program
 MUTANT_TIMEOUT = 60    # a mutant that hangs is caught as well as one that crashes
 SHOWN_LINES = 120      # of a failing program's output; the log has all
+CAUSE_LINES = 16       # of it, at the end of the run
 POLLERS = ("epoll", "poll")
 DRIVERS = ("mt", "st")
 
@@ -220,6 +221,15 @@ def count(run, output, filtered):
     return failed, left, last
 
 
+def cause(output):
+    """What a failing program said of its first fault: a sanitizer's report, or an assertion's line."""
+    lines = output.splitlines()
+    for i, line in enumerate(lines):
+        if re.search(r"WARNING: ThreadSanitizer|ERROR: \w+Sanitizer|runtime error:", line):
+            return [x for x in lines[i:i + 3 * CAUSE_LINES] if x.strip()][:CAUSE_LINES]
+    return [x for x in lines if re.search(r"^ERROR: |: error: |^FAIL|FAILED:|Error:", x)][:CAUSE_LINES]
+
+
 def show(run, number, total, caught=False):
     numbers = "%d passed" % run.passed
     if run.failed:
@@ -302,7 +312,8 @@ def main():
     passed = sum(r.passed for r in plain)
     failed = sum(r.failed for r in plain)
     skipped = sum(r.skipped for r in plain)
-    faults = ["%s: %s" % (r.label(), r.why or "%d failed" % r.failed) for r in plain if r.failed]
+    faults = ["\n      | ".join(["%s: %s" % (r.label(), r.why or "%d failed" % r.failed),
+                                *cause(r.output)]) for r in plain if r.failed]
 
     cells, missing = check_matrix(plain)
     if cells:
