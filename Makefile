@@ -268,10 +268,18 @@ demo: ## run examples against a ZooKeeper of its own: register, find, call, fail
 	+@$(call SUB,-s build-examples)
 	@BUILD=$(CURDIR)/$(B) bash examples/demo.sh
 
+INTEROP_ECHO := $(GEN)/examples/echo/echo
+$(B)/interop/guarded_server: $(T_DIR)/interop/guarded_server.c $(INTEROP_ECHO).pb.c $(INTEROP_ECHO).crpc.c \
+    crpc.h Makefile | $(INTEROP_ECHO).pb.h $(INTEROP_ECHO).crpc.h
+	@mkdir -p $(@D)
+	@rm -f $@
+	@$(call step,cc      $@)
+	$(Q)$(CC) $(EXAMPLE_CFLAGS) $(FLAGS_none) -I. -I$(dir $(INTEROP_ECHO)) $(filter %.c,$^) -o $@ $(LIBS_none)
+
 .PHONY: interop
 interop: ## run echo with implementations by others, which are fetched from the network
 	@$(T_DIR)/setup.sh build
-	+@$(call SUB,-s build-examples)
+	+@$(call SUB,-s build-examples $(B)/interop/guarded_server)
 	@BUILD=$(CURDIR)/$(B) $(T_DIR)/interop/run.py
 
 include bench/bench.mk

@@ -2,7 +2,7 @@
 """crpc with implementations of baidu_std that others wrote, fetched by their package managers. Needs
 a network, so it is no part of `make test`.
 
-    make examples && crpc_impl_tests/interop/run.py
+    make interop
 
 jprotobuf: Baidu's Java implementation, from Maven Central; needs mvn and a JDK. What cannot be
 fetched is reported as skipped. The last line is "N passed, N failed".
@@ -86,6 +86,22 @@ def jprotobuf_as_client(java):
         server.stdout.close()
 
 
+def jprotobuf_with_a_credential(java):
+    """jprotobuf sends the credential with each message."""
+    server = subprocess.Popen([os.path.join(WORK, "guarded_server")], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    try:
+        port = first_line(server).rsplit(":", 1)[-1].strip()
+        done = run(*java, "guarded", "127.0.0.1", port)
+        print("jprotobuf calls guarded_server: " + done.stdout, end="")
+        check(done.returncode == 0 and " passed, 0 failed" in done.stdout,
+              "jprotobuf with a credential: exit %d, %s" % (done.returncode, done.stderr[-600:]))
+    finally:
+        server.stdin.close()
+        check(server.wait(10) == 0, "guarded_server ended with %s" % server.returncode)
+        server.stdout.close()
+
+
 def jprotobuf_as_server(java):
     port = free_port()
     server = subprocess.Popen([*java, "server", str(port)], stdin=subprocess.PIPE,
@@ -129,12 +145,14 @@ def jprotobuf():
         return
     java = ["java", "-Xmx256m", "-cp", jars + os.pathsep + work, "Peer"]
     jprotobuf_as_client(java)
+    jprotobuf_with_a_credential(java)
     jprotobuf_as_server(java)
 
 
 def main():
-    if not os.path.exists(os.path.join(EXAMPLES, "echo_server")):
-        sys.exit("run.py: no echo_server in %s: run `make examples` first" % EXAMPLES)
+    for program in (os.path.join(EXAMPLES, "echo_server"), os.path.join(WORK, "guarded_server")):
+        if not os.path.exists(program):
+            sys.exit("run.py: there is no %s: `make interop` builds it" % program)
     jprotobuf()
     print("%d passed, %d failed" % (passed, failed))
     return 1 if failed else 0

@@ -2,9 +2,11 @@
 //
 //   Peer server PORT          serves until its standard input ends
 //   Peer client HOST PORT     calls; prints `N passed, N failed`
+//   Peer guarded HOST PORT    calls a server that wants a credential; prints the same
 
 import com.baidu.bjf.remoting.protobuf.FieldType;
 import com.baidu.bjf.remoting.protobuf.annotation.Protobuf;
+import com.baidu.jprotobuf.pbrpc.AuthenticationDataHandler;
 import com.baidu.jprotobuf.pbrpc.ProtobufRPC;
 import com.baidu.jprotobuf.pbrpc.ProtobufRPCService;
 import com.baidu.jprotobuf.pbrpc.client.ProtobufRpcProxy;
@@ -34,6 +36,31 @@ public class Peer {
         @ProtobufRPC(serviceName = "example.EchoService", methodName = "Nothing",
                      onceTalkTimeout = 5000)
         Echo noSuchMethod(Echo request);
+    }
+
+    public static class Right implements AuthenticationDataHandler {
+        @Override
+        public byte[] create(String service, String method, Object... parameters) {
+            return "open sesame".getBytes();
+        }
+    }
+
+    public static class Wrong implements AuthenticationDataHandler {
+        @Override
+        public byte[] create(String service, String method, Object... parameters) {
+            return "open barley".getBytes();
+        }
+    }
+
+    public interface Guarded {
+        @ProtobufRPC(serviceName = "example.EchoService", methodName = "Echo",
+                     onceTalkTimeout = 5000, authenticationDataHandler = Right.class)
+        Echo right(Echo request);
+
+        // A name can stand in one method only: this is the same one by its short name.
+        @ProtobufRPC(serviceName = "EchoService", methodName = "Echo", onceTalkTimeout = 5000,
+                     authenticationDataHandler = Wrong.class)
+        Echo wrong(Echo request);
     }
 
     public static class Service {
@@ -84,11 +111,7 @@ public class Peer {
             calls.noSuchMethod(of("x"));
             check(false, "an unknown method answers");
         } catch (Throwable e) {
-            String all = "";
-            for (Throwable t = e; t != null; t = t.getCause()) {
-                all += t + "; ";
-            }
-            check(all.contains("no such method"), "an unknown method says: " + all);
+            check(causes(e).contains("no such method"), "an unknown method says: " + causes(e));
         }
         check(returns(calls, "still"), "after an error");
 
@@ -103,6 +126,43 @@ public class Peer {
             good += result.get(20, TimeUnit.SECONDS) ? 1 : 0;
         }
         check(good == 2000, "of 2000 calls by 16 threads " + good + " are right");
+        end();
+    }
+
+    static String causes(Throwable e) {
+        String all = "";
+        for (Throwable t = e; t != null; t = t.getCause()) {
+            all += t + "; ";
+        }
+        return all;
+    }
+
+    static Guarded guardedCalls(String host, int port) {
+        ProtobufRpcProxy<Guarded> proxy =
+            new ProtobufRpcProxy<Guarded>(new RpcClient(), Guarded.class);
+        proxy.setHost(host);
+        proxy.setPort(port);
+        return proxy.proxy();
+    }
+
+    // Each message brings the credential. The connection with a wrong one is closed, so that this
+    // client is another one: jprotobuf's would use the closed connection once more.
+    static void guarded(String host, int port) throws Exception {
+        Guarded calls = guardedCalls(host, port);
+        for (int i = 0; i < 20; i++) {
+            check(calls.right(of("mine " + i)).message.equals("mine " + i), "the credential counts");
+        }
+        try {
+            guardedCalls(host, port).wrong(of("x"));
+            check(false, "a wrong credential answers");
+        } catch (Throwable e) {
+            check(causes(e).contains("1004"), "a wrong credential says: " + causes(e));
+        }
+        check(calls.right(of("still")).message.equals("still"), "another's refusal does not matter");
+        end();
+    }
+
+    static void end() {
         System.out.println(passed + " passed, " + failed + " failed");
         System.out.flush();
         Runtime.getRuntime().halt(failed == 0 ? 0 : 1);
@@ -123,6 +183,8 @@ public class Peer {
     public static void main(String[] arguments) throws Exception {
         if (arguments[0].equals("server")) {
             server(Integer.parseInt(arguments[1]));
+        } else if (arguments[0].equals("guarded")) {
+            guarded(arguments[1], Integer.parseInt(arguments[2]));
         } else {
             client(arguments[1], Integer.parseInt(arguments[2]));
         }
