@@ -2939,7 +2939,8 @@ CRPCI_COLD void crpci_heap_log_to_stderr(crpci_heap *h, int level, const char *l
     uint32_t more = lost - crpci_thread_load(&h->told_lines);
     begin[5] = letters[level >= 1 && level <= 4 ? level : 0];
     if (CRPC_ENABLE_TEXTS && more)
-        snprintf(end, sizeof end, "; %u lines before it were lost, because stderr was full\n", more);
+        snprintf(end, sizeof end, "; %u lines before it were lost, because stderr was full\n",
+                 more);
     parts[0].iov_base = begin;
     parts[0].iov_len = sizeof begin - 1;
     parts[1].iov_base = (void *)(uintptr_t)line; /* iovec has no const */
@@ -16274,8 +16275,9 @@ CRPCI_FN void crpci_config_free(crpci_item *item)
     crpci_heap_chunk_unref(CRPCI_CONTAINER(item, crpci_config_watch, item)->value);
 }
 
-static const crpci_item_kind crpci_config_kind = {sizeof(crpci_config_watch), false, crpci_config_tell,
-                                                  crpci_config_end, crpci_config_free};
+static const crpci_item_kind crpci_config_kind = {sizeof(crpci_config_watch), false,
+                                                  crpci_config_tell, crpci_config_end,
+                                                  crpci_config_free};
 
 /* The program may be called before this returns, on the thread that drives the loop; *id is set
  * before. */
