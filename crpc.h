@@ -1320,10 +1320,10 @@ typedef struct crpc_identity {
 } crpc_identity;
 
 /* Judges a peer by its credential, which is unset if the message has none; `peer` is as
- * crpc_context_peer gives it. CRPC_OK: the peer is `identity`. Any other result refuses it. Runs on
- * the I/O thread of the connection with its loop locked: it must not block, and the only functions
- * of crpc that it may call are those for views and crpc_secret_equal. The threads of several
- * connections may run it at once. */
+ * crpc_context_peer gives it. CRPC_OK: the peer is `identity`. Any other result refuses it. It is a
+ * callback of the connection's loop like any other: it runs on the I/O thread, with `workers` too,
+ * and holds up the other connections of the loop as long as it takes. The I/O threads may run it at
+ * once. Credential, peer and identity are valid until it returns. */
 typedef int (*crpc_authenticate_fn)(void *user, const char *peer, crpc_view credential,
                                     crpc_identity *identity);
 
@@ -8538,7 +8538,8 @@ typedef struct crpci_protocol {
     /* Takes one message, or part of one, from the front of the input in `chunk`, and passes it to
      * crpci_receive_deliver. Returns the number of bytes used. When it needs more, it sets
      * c->rx_total to more than n and returns 0: the connection calls again with that many bytes,
-     * and feed then uses all of them or asks for more. Locked; it may close the connection. */
+     * and feed then uses all of them or asks for more. It also returns 0 while the verdict on the
+     * message is awaited. Locked; it may close the connection. */
     size_t (*feed)(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n);
     /* The functions below are pure and run on any thread. `names` encodes service and method into
      * `out`, once per method; `room` is CRPCI_PROTOCOL_NAMES more than both texts take. Returns
@@ -8554,6 +8555,15 @@ typedef struct crpci_protocol {
      * front of it, and returns where the frame begins now. NULL: the protocol has no farewell. */
     uint8_t *(*mark)(uint8_t *frame, const char *key);
 } crpci_protocol;
+
+/* What the owner of an accepted connection says about the message at the front of its input. From
+ * ASKED on the connection keeps the message, and the protocol reads it again. */
+typedef enum crpci_conn_verdict {
+    CRPCI_CONN_UNASKED,
+    CRPCI_CONN_ASKED, /* the owner asks the program; the connection is paused meanwhile */
+    CRPCI_CONN_PASSED,
+    CRPCI_CONN_FAILED
+} crpci_conn_verdict;
 
 /* How far the end of a connection has come, once a server stops. */
 typedef enum crpci_conn_parting {
@@ -8583,8 +8593,9 @@ struct crpci_conn {
     void *account; /* a server's account of the peer's host; NULL: none */
     crpci_chunk *identity; /* a server's: who the peer is; NULL: not authenticated */
     /* Asked about each message when its head has come, perhaps again with its body. False: the
-     * owner has refused it. NULL: all pass. */
+     * owner has refused it, or `verdict` is ASKED. NULL: all pass. */
     bool (*screen)(struct crpci_conn *c, const crpci_message *m);
+    crpci_conn_verdict verdict;
     uint32_t refs;
     uint32_t busy; /* accepted: requests being served. Dialled: requests that await a reply */
     uint32_t gone; /* atomic: the peer sends no more, or the connection is closed */
@@ -8854,7 +8865,7 @@ CRPCI_FN void crpci_conn_read_on(crpci_conn *c)
 /* Whether there is input that the poller will not report: already read, or inside the transport. */
 CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
 {
-    if (c->left || c->unread)
+    if (c->left || c->unread || c->verdict)
         return true;
     return !crpci_conn_is_plain(c) && c->io->pending && !crpci_conn_engaged(c) &&
            c->io->pending(c->io_state);
@@ -9276,7 +9287,7 @@ CRPCI_FN void crpci_receive_begun(crpci_conn *c)
 CRPCI_COLD bool crpci_receive_place(crpci_conn *c, crpci_message *m)
 {
     if (m->kind == CRPCI_MESSAGE_REQUEST) {
-        m->turn = c->turns++;
+        m->turn = c->verdict ? c->turns - 1 : c->turns++; /* one that is read again has its turn */
     } else if (c->awaited_count) {
         m->id = c->awaited[c->awaited_first];
         c->awaited_first = (c->awaited_first + 1) % c->awaited_size;
@@ -9295,33 +9306,45 @@ CRPCI_FN crpci_message_kind crpci_receive_kind(const crpci_conn *c)
 }
 
 /* For protocols: whether a message of which perhaps only the head has come may go on. False: it was
- * refused, and further input is dropped. */
+ * refused, and further input is dropped, or it waits for a verdict (crpci_receive_waits). */
 CRPCI_FN bool crpci_receive_passes(crpci_conn *c, const crpci_message *m)
 {
     return CRPCI_LIKELY(!c->screen) || c->screen(c, m);
 }
 
-/* For protocols: passes a complete message to the connection's owner. May close the connection. */
-CRPCI_FN void crpci_receive_deliver(crpci_conn *c, crpci_message *m)
+/* For protocols: whether the message that did not pass is to be kept, and read again later. */
+CRPCI_FN bool crpci_receive_waits(const crpci_conn *c)
+{
+    return c->verdict == CRPCI_CONN_ASKED;
+}
+
+/* For protocols: passes a complete message to the connection's owner. May close the connection.
+ * False: the message waits for a verdict. */
+CRPCI_FN bool crpci_receive_deliver(crpci_conn *c, crpci_message *m)
 {
     c->active_us = c->arrived_us;
-    if ((!crpci_conn_ordered(c) || crpci_receive_place(c, m)) && crpci_receive_passes(c, m))
-        c->up->message(c, m);
+    if (crpci_conn_ordered(c) && !crpci_receive_place(c, m))
+        return true;
+    if (!crpci_receive_passes(c, m))
+        return !crpci_receive_waits(c);
+    c->up->message(c, m);
+    return true;
 }
 
 /* For protocols: reports a message whose body of `size` bytes is over max_body, and skips the next
  * `skip` bytes of input. The connection stays usable, so that the peer gets an error in place of a
- * reset. */
-CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t size,
+ * reset. False: the message waits for a verdict. */
+CRPCI_COLD bool crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t size,
                                        uint64_t skip)
 {
     c->active_us = c->arrived_us;
     if ((crpci_conn_ordered(c) && !crpci_receive_place(c, m)) || !crpci_receive_passes(c, m))
-        return;
+        return !crpci_receive_waits(c);
     c->skip = skip;
     if (skip)
         crpci_receive_begun(c);
     c->up->oversize(c, m, size);
+    return true;
 }
 
 /* Fixes the connection's protocol. False: out of memory, and the connection was closed. */
@@ -9388,7 +9411,8 @@ CRPCI_FN bool crpci_receive_reserve(crpci_conn *c, const uint8_t *p, size_t have
     return true;
 }
 
-/* c->rx holds the bytes that were asked for: parses them, and grows if the protocol needs more. */
+/* c->rx holds the bytes that were asked for: parses them, and grows if the protocol needs more. A
+ * message that waits for a verdict stays there, with rx_len equal to rx_need. */
 CRPCI_FN void crpci_receive_full(crpci_conn *c)
 {
     crpci_chunk *chunk = c->rx;
@@ -9406,7 +9430,7 @@ CRPCI_FN void crpci_receive_full(crpci_conn *c)
 }
 
 /* Takes one piece of input: a whole message in place, or bytes that begin or continue c->rx.
- * Returns the number of bytes used. */
+ * Returns the number of bytes used. 0: the first message waits for a verdict. */
 CRPCI_FN size_t crpci_receive_feed_one(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p,
                                        size_t n)
 {
@@ -9425,7 +9449,8 @@ CRPCI_FN size_t crpci_receive_feed_one(crpci_conn *c, crpci_chunk *chunk, const 
         return n;
     }
     used = crpci_receive_parse(c, chunk, p, n);
-    if (CRPCI_LIKELY(used) || c->closed || !crpci_receive_reserve(c, p, n))
+    if (CRPCI_LIKELY(used) || c->closed || crpci_receive_waits(c) ||
+        !crpci_receive_reserve(c, p, n))
         return used;
     crpci_receive_begun(c);
     return n;
@@ -9453,18 +9478,28 @@ CRPCI_FN void crpci_receive_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     }
 }
 
-/* Continues with input that was over the budget. False if some of it is still left. */
-CRPCI_FN bool crpci_receive_catch_up(crpci_conn *c)
+/* Continues with input that was over the budget, or waited for a verdict. False if some of it is
+ * still left. */
+CRPCI_COLD bool crpci_receive_left(crpci_conn *c)
 {
-    crpci_chunk *chunk = c->left;
-    if (!chunk)
-        return true;
+    crpci_chunk *chunk;
     if (c->paused)
         return false;
+    if (c->verdict && c->rx)
+        crpci_receive_full(c);
+    chunk = c->left;
+    if (!chunk)
+        return true;
     c->left = NULL;
     crpci_receive_feed(c, chunk, c->left_at, c->left_len);
     crpci_heap_chunk_unref(chunk);
     return !c->left;
+}
+
+/* The same, if there is any. */
+CRPCI_FN bool crpci_receive_catch_up(crpci_conn *c)
+{
+    return CRPCI_LIKELY(!c->left && !c->verdict) || crpci_receive_left(c);
 }
 
 /* Provides the loop's receive buffer, one for all connections, because only the driver reads.
@@ -9803,8 +9838,9 @@ CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n
     }
     if (!crpci_baidu_head(c, p, n, size, &m))
         return 0;
-    crpci_receive_oversize(c, &m, body, (uint64_t)body - size);
-    return (size_t)CRPCI_FRAME_HEADER + size;
+    return crpci_receive_oversize(c, &m, body, (uint64_t)body - size)
+               ? (size_t)CRPCI_FRAME_HEADER + size
+               : 0;
 }
 
 /* A part of a frame: asks for the rest. Where messages are screened, it first asks for the meta
@@ -9817,7 +9853,7 @@ CRPCI_FN size_t crpci_baidu_part(crpci_conn *c, const uint8_t *p, size_t n, uint
         if (!crpci_baidu_head(c, p, n, size, &m))
             return 0;
         if (!crpci_receive_passes(c, &m))
-            return n;
+            return crpci_receive_waits(c) ? 0 : n;
     }
     c->rx_total = (size_t)CRPCI_FRAME_HEADER + body;
     return 0;
@@ -9866,8 +9902,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     m.attachment_size = 0;
     if (CRPCI_UNLIKELY(!m.usual))
         crpci_baidu_full(&meta, &m, body - size, text, sizeof text);
-    crpci_receive_deliver(c, &m);
-    return (size_t)CRPCI_FRAME_HEADER + body;
+    return crpci_receive_deliver(c, &m) ? (size_t)CRPCI_FRAME_HEADER + body : 0;
 }
 
 /* Writes the head of a request, see crpci_protocol.request. */
@@ -22524,10 +22559,10 @@ CRPCI_FN void crpci_context_count(crpc_server *s, crpci_conn *conn, uint32_t by)
     }
 }
 
-/* A connection with requests in service keeps itself, its loop and the server. Locked. */
-CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
+/* A connection at work, for a request or for its authentication, keeps itself, its loop and the
+ * server. Locked. */
+CRPCI_FN void crpci_context_enter(crpc_server *s, crpci_conn *conn)
 {
-    crpci_context_count(s, conn, 1);
     if (conn->busy++)
         return;
     crpci_conn_hold(conn);
@@ -22536,18 +22571,31 @@ CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
     crpci_thread_ref(&s->active);
 }
 
-/* Undoes crpci_context_begin for one request. Locked. True: it was the connection's last one, and
+/* A request is in service. Locked. */
+CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
+{
+    crpci_context_count(s, conn, 1);
+    crpci_context_enter(s, conn);
+}
+
+/* Undoes crpci_context_enter. Locked. True: it was the connection's last work, and
  * crpci_context_release is due when the loop is unlocked. */
-CRPCI_FN bool crpci_context_end(crpci_conn *conn)
+CRPCI_FN bool crpci_context_leave(crpci_conn *conn)
 {
     crpc_server *s = (crpc_server *)conn->owner;
-    crpci_context_count(s, conn, (uint32_t)-1);
     if (--conn->busy)
         return false;
     if (CRPC_ENABLE_POLICY && conn->closed)
         s->guard.ops->leave(s, conn->account);
     crpci_conn_drop(conn);
     return true;
+}
+
+/* Undoes crpci_context_begin, as crpci_context_leave. */
+CRPCI_FN bool crpci_context_end(crpci_conn *conn)
+{
+    crpci_context_count((crpc_server *)conn->owner, conn, (uint32_t)-1);
+    return crpci_context_leave(conn);
 }
 
 /* Gives up a reference; the last one frees the server, which takes no lock but the heap's. */
@@ -22557,7 +22605,7 @@ CRPCI_FN void crpci_context_drop_server(crpc_server *s)
         s->destroy(s);
 }
 
-/* Gives up the references that crpci_context_begin took for a connection with requests. */
+/* Gives up the references that crpci_context_enter took for a connection at work. */
 CRPCI_FN void crpci_context_release(crpc_server *s, crpc_loop *l)
 {
     __atomic_fetch_sub(&s->active, 1, __ATOMIC_ACQ_REL);
@@ -22577,14 +22625,16 @@ CRPCI_COLD void crpci_context_reject(crpc_context *x)
 }
 
 /* Stops reading a connection that has CRPCI_CONTEXT_CONN_MAX requests in service, or whose unsent
- * replies take more than max_queued bytes; reads it again when both have fallen to half. Locked. */
+ * replies take more than max_queued bytes; reads it again when both have fallen to half, unless it
+ * waits for a verdict. Locked. */
 CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
     int64_t max = s->options.limits.max_queued;
     if (!conn->paused && (conn->busy >= CRPCI_CONTEXT_CONN_MAX || (max && conn->tx_memory > max)))
         crpci_conn_pause(conn, true);
-    else if (conn->paused && conn->busy < CRPCI_CONTEXT_CONN_MAX / 2 &&
+    else if (conn->paused && !crpci_receive_waits(conn) &&
+             conn->busy < CRPCI_CONTEXT_CONN_MAX / 2 &&
              (!max || conn->tx_memory <= max / 2))
         crpci_conn_pause(conn, false);
 }
@@ -23011,12 +23061,18 @@ CRPC_API const char *crpc_context_peer(crpc_context *x)
 /* ======================================================================== */
 
 /* The one place where a server decides whether it serves a peer: the screen of its connections. It
- * sees each message before its body is buffered, and before its names are looked up. Only a success
- * marks a connection; each request keeps the identity that its connection had when it came. All
- * functions need the loop's lock, but for crpc_context_identity. */
+ * sees each message before its body is buffered, and before its names are looked up. If the program
+ * has to be asked, which is user code, the connection is paused with the message at the front of
+ * its input, and counts as at work; a task of the loop asks, and then the message is read again.
+ * Only a success marks a connection; each request keeps the identity that its connection had when
+ * it came. All functions need the loop's lock, but for crpc_context_identity. */
 
-/* A success, in a chunk of its own. The credential stands behind it. */
+/* A question to the program and, if the answer is yes, the connection's identity. It is in a chunk
+ * of its own, with the credential behind it. */
 typedef struct crpci_auth_grant {
+    crpci_task task; /* asks */
+    crpci_conn *conn;
+    crpci_chunk *chunk; /* this one */
     crpc_identity identity;
     int64_t until_us; /* INT64_MAX: as long as the connection lasts */
     size_t size;      /* of the credential */
@@ -23052,54 +23108,97 @@ CRPCI_FN bool crpci_auth_holds(const crpc_server *s, const crpci_conn *conn, crp
            crpc_secret_equal(credential, crpc_view_of(g + 1, g->size));
 }
 
-/* Asks the program who a connection's peer is. Returns NULL, or why the peer is refused. */
-CRPCI_COLD const char *crpci_auth_judge(const crpc_server *s, crpci_conn *conn,
-                                        crpc_view credential)
+/* Asks the program who a connection's peer is, without the lock. True: the peer is accepted. */
+CRPCI_COLD bool crpci_auth_judge(const crpc_server *s, crpci_auth_grant *g)
 {
     const crpc_access_options *o = &s->options.access;
+    crpci_conn *conn = g->conn;
+    crpc_loop *l = conn->loop;
+    char peer[CRPCI_SOCK_NAME_MAX];
+    int refused;
+    crpci_sock_name_format(&conn->peer, peer, sizeof peer);
+    crpci_loop_user_begin(l);
+    refused = o->authenticate(o->authenticate_user, peer,
+                              crpc_view_of(g->size ? g + 1 : NULL, g->size), &g->identity);
+    crpci_loop_user_end(l);
+    g->identity.name[CRPC_IDENTITY_MAX - 1] = '\0';
+    g->until_us = g->identity.valid_ms > 0
+                      ? crpci_loop_now(l) + (int64_t)g->identity.valid_ms * 1000
+                      : INT64_MAX;
+    return !refused;
+}
+
+/* Asks, and has the message read again. If the connection or the server has ended meanwhile there
+ * is nothing to decide any more: after crpc_server_close the program must not be asked. */
+CRPCI_COLD void crpci_auth_task(crpc_loop *l, crpci_task *task)
+{
+    crpci_auth_grant *g = CRPCI_CONTAINER(task, crpci_auth_grant, task);
+    crpci_chunk *chunk = g->chunk;
+    crpci_conn *conn = g->conn;
+    crpc_server *s = (crpc_server *)conn->owner;
+    bool good = !conn->closed && crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED &&
+                crpci_auth_judge(s, g);
+    if (good && !conn->closed)
+        conn->identity = chunk;
+    else
+        crpci_heap_chunk_unref(chunk);
+    conn->verdict = good ? CRPCI_CONN_PASSED : CRPCI_CONN_FAILED;
+    crpci_conn_pause(conn, false);
+    if (crpci_context_leave(conn))
+        crpci_context_release(s, l);
+}
+
+/* Has the program asked about a message's credential. False: out of memory. */
+CRPCI_COLD bool crpci_auth_ask(crpc_server *s, crpci_conn *conn, crpc_view credential)
+{
     size_t n = crpc_view_size(credential);
     crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, sizeof(crpci_auth_grant) + n);
     crpci_auth_grant *g;
-    char peer[CRPCI_SOCK_NAME_MAX];
     crpci_auth_forget(conn);
     if (!chunk)
-        return CRPCI_STATUS_TEXT("out of memory");
+        return false;
     g = (crpci_auth_grant *)(void *)crpci_heap_data(chunk);
     memset(g, 0, sizeof *g);
-    crpci_sock_name_format(&conn->peer, peer, sizeof peer);
-    if (o->authenticate(o->authenticate_user, peer, n ? credential : crpc_view_of(NULL, 0),
-                        &g->identity)) {
-        crpci_heap_chunk_unref(chunk);
-        return n ? CRPCI_STATUS_TEXT("the server does not accept the request's credential")
-                 : CRPCI_STATUS_TEXT("the server asks for a credential; the request has none");
-    }
-    g->identity.name[CRPC_IDENTITY_MAX - 1] = '\0';
-    g->until_us = g->identity.valid_ms > 0
-                      ? crpci_loop_now(conn->loop) + (int64_t)g->identity.valid_ms * 1000
-                      : INT64_MAX;
+    crpci_loop_task_init(&g->task, crpci_auth_task);
+    g->conn = conn;
+    g->chunk = chunk;
     g->size = n;
     if (n)
         memcpy(g + 1, crpc_view_data(credential), n);
-    conn->identity = chunk;
-    return NULL;
+    conn->verdict = CRPCI_CONN_ASKED;
+    crpci_context_enter(s, conn); /* first: pausing may close the connection */
+    crpci_conn_pause(conn, true);
+    crpci_loop_ready(conn->loop, &g->task);
+    return true;
 }
 
-/* The screen of a server's connections. After a refusal nothing more is read: the connection closes
- * when the requests that came before are answered. */
-CRPCI_FN bool crpci_auth_screen(crpci_conn *conn, const crpci_message *m)
+/* Refuses a message. Nothing more is read: the connection closes when the requests that came before
+ * are answered. */
+CRPCI_COLD void crpci_auth_refuse(crpci_conn *conn, const crpci_message *m, const char *why)
 {
-    const crpc_server *s = (const crpc_server *)conn->owner;
-    crpc_view credential = m->usual ? crpc_view_of(NULL, 0) : m->credential;
-    const char *why;
-    if (CRPCI_LIKELY(crpci_auth_holds(s, conn, credential)))
-        return true;
-    why = crpci_auth_judge(s, conn, credential);
-    if (!why)
-        return true;
     crpci_context_refuse(conn, m, CRPC_EAUTH, why);
     conn->shut = conn->eof = true;
     crpci_conn_interest(conn);
     crpci_context_close_if_done(conn);
+}
+
+/* The screen of a server's connections. */
+CRPCI_FN bool crpci_auth_screen(crpci_conn *conn, const crpci_message *m)
+{
+    crpc_server *s = (crpc_server *)conn->owner;
+    crpc_view credential = m->usual ? crpc_view_of(NULL, 0) : m->credential;
+    crpci_conn_verdict verdict = conn->verdict;
+    conn->verdict = CRPCI_CONN_UNASKED;
+    if (CRPCI_LIKELY(crpci_auth_holds(s, conn, credential)) || verdict == CRPCI_CONN_PASSED)
+        return true;
+    if (verdict == CRPCI_CONN_UNASKED && crpci_auth_ask(s, conn, credential))
+        return false;
+    crpci_auth_refuse(conn, m,
+                      verdict == CRPCI_CONN_UNASKED ? CRPCI_STATUS_TEXT("out of memory")
+                      : crpc_view_size(credential)
+                          ? CRPCI_STATUS_TEXT("the server does not accept the request's credential")
+                          : CRPCI_STATUS_TEXT("the server asks for a credential; the request has "
+                                              "none"));
     return false;
 }
 

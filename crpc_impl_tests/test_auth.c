@@ -6,10 +6,16 @@
 
 /* --- an authenticator that accepts "secret-NAME" as NAME -------------------------------------- */
 
-#define DOOR_SEEN 64
+#define DOOR_SEEN 512
 
-typedef struct door {
+typedef struct door door;
+struct door {
     pthread_mutex_t lock;
+    net *n;
+    void (*inside)(door *d); /* what the authenticator does besides; NULL: nothing */
+    void *user;
+    bool shared; /* the channel and the authenticator are on one loop */
+    uint32_t entered, leave; /* atomic: authenticators that began; one that waits may go on */
     int asked, served, refused;
     int refusals;
     bool by_request; /* "secret-old" is refused by the interceptor */
@@ -18,7 +24,7 @@ typedef struct door {
     char peer[64];
     char seen[DOOR_SEEN][CRPC_IDENTITY_MAX]; /* identities of the requests, in order */
     crpc_server_interceptor interceptor;
-} door;
+};
 
 #define DOOR_INIT {.asked = 0}
 
@@ -27,6 +33,9 @@ static int door_judge(void *user, const char *from, crpc_view credential, crpc_i
     door *d = (door *)user;
     char text[CRPC_IDENTITY_MAX];
     bool revoked;
+    __atomic_add_fetch(&d->entered, 1, __ATOMIC_ACQ_REL);
+    if (d->inside)
+        d->inside(d);
     pthread_mutex_lock(&d->lock);
     d->asked++;
     revoked = d->revoked && crpc_view_equal(credential, d->revoked);
@@ -76,6 +85,7 @@ static void guarded_open(net *n, door *d, crpc_poller p, net_mode m)
     memset(d, 0, sizeof *d);
     pthread_mutex_init(&d->lock, NULL);
     d->by_request = by_request;
+    d->n = n;
     d->interceptor.before = door_before;
     d->interceptor.user = d;
     n->server_options.access.authenticate = by_request ? NULL : door_judge;
@@ -507,6 +517,338 @@ static void identities_do_not_wait_for_each_others_keys(void **state)
     }
 }
 
+/* --- what an authenticator may do, and what may happen while it runs --------------------------- */
+
+static void count_peer(void *user, const crpc_peer *one)
+{
+    *(uint32_t *)user += one->connections;
+}
+
+typedef struct deeds {
+    uint32_t ran; /* atomic: timers and posts */
+    crpc_id call;
+} deeds;
+
+static void count_deed(void *user)
+{
+    __atomic_add_fetch(&((deeds *)user)->ran, 1, __ATOMIC_ACQ_REL);
+}
+
+/* Every kind of call on the loop that runs the authenticator, and on the server. */
+static void call_crpc(door *d)
+{
+    crpc_loop *l = crpc_server_loop(d->n->server);
+    deeds *t = (deeds *)d->user;
+    dyn_Num in = net_num(7), out;
+    uint32_t connections = 0;
+    crpc_loop_stats stats;
+    crpc_id id;
+    if (__atomic_load_n(&d->entered, __ATOMIC_ACQUIRE) > 1)
+        return; /* asked about its own call */
+    crpc_server_stats_get(d->n->server, &stats);
+    assert_true(stats.connections >= 1);
+    assert_int_equal(crpc_server_peers_walk(d->n->server, count_peer, &connections), CRPC_OK);
+    assert_true(connections >= 1);
+    assert_int_equal(crpc_timer_start(l, 1, 0, count_deed, t, &id), CRPC_OK);
+    assert_int_equal(crpc_loop_post(l, count_deed, t), CRPC_OK);
+    assert_int_equal(dyn_Echo_Add_begin(d->n->channel, &in, &t->call, NULL), CRPC_OK);
+    if (d->shared)
+        assert_int_equal(dyn_Echo_Add(d->n->channel, &in, &out, NULL), CRPC_EDEADLK);
+}
+
+static void an_authenticator_may_call_crpc(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        deeds did = {.ran = 0};
+        dyn_Num out = dyn_Num_init_zero;
+        door d = DOOR_INIT;
+        net n;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.channel_options.security.credential = "secret-inner";
+        guarded_open(&n, &d, p, m);
+        d.inside = call_crpc;
+        d.user = &did;
+        d.shared = m == NET_SHARED;
+        fd = wire_connect(n.url);
+        assert_int_equal(ask(fd, 1, "secret-A"), CRPC_OK);
+        assert_true(CT_WAIT(__atomic_load_n(&did.ran, __ATOMIC_ACQUIRE) == 2, NET_PATIENCE));
+        assert_int_equal(crpc_channel_wait(n.channel, did.call, NET_PATIENCE), CRPC_OK);
+        assert_int_equal(dyn_Echo_Add_fetch(n.channel, did.call, &out, NULL), CRPC_OK);
+        assert_int_equal(out.n, 8);
+        assert_int_equal(door_asked(&d), 2);
+        close(fd);
+        guarded_close(&n, &d);
+    }
+}
+
+static void close_server(door *d)
+{
+    crpc_server_close(d->n->server);
+}
+
+static void stop_server(door *d)
+{
+    crpc_server_stop(d->n->server);
+}
+
+/* A peer that is not crpc is told so, if its credential is good. */
+static void an_authenticator_may_stop_its_server(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    int good;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m) for (good = 0; good < 2; good++)
+    {
+        door d = DOOR_INIT;
+        net n;
+        int fd;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, m);
+        d.inside = stop_server;
+        fd = wire_connect(n.url);
+        assert_int_equal(ask(fd, 1, good ? "secret-A" : "guess"),
+                         good ? CRPC_ELOGOFF : CRPC_EAUTH);
+        is_closed(fd);
+        guarded_close(&n, &d);
+    }
+}
+
+static void an_authenticator_may_close_its_server(void **state)
+{
+    crpc_poller p;
+    int how;
+    (void)state;
+    NET_EACH_POLLER(p) for (how = 0; how < 6; how++)
+    {
+        crpc_server_options o;
+        door d = DOOR_INIT;
+        char url[160];
+        net n;
+        int fd;
+        memset(&n, 0, sizeof n);
+        memset(&o, 0, sizeof o);
+        d.n = &n;
+        d.inside = close_server;
+        pthread_mutex_init(&d.lock, NULL);
+        o.listen = "tcp://127.0.0.1:0";
+        o.loops = net_loop_options(p);
+        o.io_threads = how / 2 == 1;
+        o.workers = how / 2 == 2;
+        o.access.authenticate = door_judge;
+        o.access.authenticate_user = &d;
+        assert_int_equal(crpc_server_open(&n.server, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_start(n.server, NULL), CRPC_OK);
+        assert_int_equal(crpc_loop_start(crpc_server_loop(n.server)), CRPC_OK);
+        assert_int_equal(crpc_server_address(n.server, 0, url, sizeof url), CRPC_OK);
+        fd = wire_connect(url);
+        assert_int_equal(ask(fd, 1, how % 2 ? "guess" : "secret-A"),
+                         how % 2 ? CRPC_EAUTH : CRPC_ELOGOFF);
+        is_closed(fd);
+        assert_true(CT_WAIT(ct_alloc_of_test()->live_blocks == 0, NET_PATIENCE));
+        pthread_mutex_destroy(&d.lock);
+    }
+}
+
+/* The first authenticator waits. */
+static void wait_inside(door *d)
+{
+    if (__atomic_load_n(&d->entered, __ATOMIC_ACQUIRE) == 1)
+        (void)CT_WAIT(__atomic_load_n(&d->leave, __ATOMIC_ACQUIRE), NET_PATIENCE);
+}
+
+static bool door_entered(door *d)
+{
+    return CT_WAIT(__atomic_load_n(&d->entered, __ATOMIC_ACQUIRE), NET_PATIENCE);
+}
+
+static void door_let_go(door *d)
+{
+    __atomic_store_n(&d->leave, 1, __ATOMIC_RELEASE);
+}
+
+static bool none_connected(net *n)
+{
+    crpc_loop_stats stats;
+    crpc_server_stats_get(n->server, &stats);
+    return stats.connections == 0;
+}
+
+static void a_peer_may_go_while_it_is_judged(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    int how;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m) for (how = 0; how < 4; how++)
+    {
+        const char *credential = how % 2 ? "guess" : "secret-A";
+        door d = DOOR_INIT;
+        net n;
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, m);
+        d.inside = wait_inside;
+        fd = wire_connect(n.url);
+        for (i = 0; i < 3; i++)
+            send_request(fd, "Add", i, credential, NULL);
+        assert_true(door_entered(&d));
+        if (how < 2)
+            wire_reset(fd);
+        else
+            shutdown(fd, SHUT_WR);
+        door_let_go(&d);
+        if (how >= 2) { /* it may still read */
+            wire_message r;
+            for (i = 0; wire_receive(fd, &r) == 1; i++) {
+                assert_int_equal(r.code, how % 2 ? CRPC_EAUTH : CRPC_OK);
+                wire_done(&r);
+            }
+            assert_int_equal(i, how % 2 ? 1 : 3);
+            close(fd);
+        }
+        assert_true(CT_WAIT(none_connected(&n), NET_PATIENCE));
+        fd = wire_connect(n.url);
+        assert_int_equal(ask(fd, 9, "secret-B"), CRPC_OK);
+        assert_int_equal(door_asked(&d), 2);
+        close(fd);
+        guarded_close(&n, &d);
+    }
+}
+
+/* The connection is closed by the thread that accepts, while an I/O thread asks about its peer. */
+static void a_server_may_end_while_it_judges(void **state)
+{
+    crpc_poller p;
+    int close_too;
+    (void)state;
+    NET_EACH_POLLER(p) for (close_too = 0; close_too < 2; close_too++)
+    {
+        door d = DOOR_INIT;
+        net n;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = 1;
+        guarded_open(&n, &d, p, NET_IO);
+        d.inside = wait_inside;
+        fd = wire_connect(n.url);
+        send_request(fd, "Add", 1, "secret-A", NULL);
+        send_request(fd, "Add", 2, "secret-B", NULL);
+        assert_true(door_entered(&d));
+        crpc_server_stop(n.server);
+        is_closed(fd);
+        assert_int_equal(door_asked(&d), 0);
+        door_let_go(&d);
+        if (!close_too)
+            assert_true(CT_WAIT(door_asked(&d) == 1, NET_PATIENCE));
+        assert_int_equal(net_calls(&n.service), 0);
+        guarded_close(&n, &d);
+        assert_int_equal(d.asked, 1);
+    }
+}
+
+/* Frames behind the one that is judged wait, also those that other events would have read. */
+static void no_frame_is_served_while_its_peer_is_judged(void **state)
+{
+    enum { FRAMES = 300 }; /* more than one step takes */
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        crpc_context *held;
+        int seen[FRAMES];
+        wire_message r;
+        door d = DOOR_INIT;
+        net n;
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, m);
+        fd = wire_connect(n.url);
+        send_request(fd, "Defer", 0, "secret-A", NULL);
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        __atomic_store_n(&d.entered, 0, __ATOMIC_RELEASE);
+        d.inside = wait_inside;
+        send_request(fd, "Add", 1, "secret-B", NULL);
+        assert_true(door_entered(&d));
+        for (i = 2; i < FRAMES; i++)
+            send_request(fd, "Add", i, i == FRAMES - 1 ? "guess" : NULL, NULL);
+        held = net_take(&n.service); /* its reply must not set the connection going */
+        assert_string_equal(crpc_context_identity(held), "A");
+        assert_int_equal(crpc_context_finish(held, CRPC_OK), CRPC_OK);
+        assert_int_equal(reply_code(fd, 0, NULL), CRPC_OK);
+        assert_int_equal(net_calls(&n.service), 1);
+        door_let_go(&d);
+        memset(seen, 0, sizeof seen);
+        while (wire_receive(fd, &r) == 1) {
+            assert_in_range(r.id, 1, FRAMES - 1);
+            assert_int_equal(seen[r.id]++, 0);
+            assert_int_equal(r.code, r.id == FRAMES - 1 ? CRPC_EAUTH : CRPC_OK);
+            wire_done(&r);
+        }
+        for (i = 1; i < FRAMES; i++)
+            assert_int_equal(seen[i], 1);
+        close(fd);
+        assert_int_equal(d.served, FRAMES - 1);
+        assert_string_equal(d.seen[0], "A");
+        for (i = 1; i < FRAMES - 1; i++)
+            assert_string_equal(d.seen[i], "B");
+        assert_int_equal(door_asked(&d), 3);
+        guarded_close(&n, &d);
+    }
+}
+
+/* A message is judged once, and each byte of it is used once, in whatever pieces it comes. */
+static void a_message_that_comes_in_pieces_is_judged_once(void **state)
+{
+    static const size_t bodies[] = {0, 100, 3000, 80000, 200000}; /* the last: over max_body */
+    char *bytes = net_bytes(200000);
+    crpc_poller p;
+    size_t b, first;
+    (void)state;
+    NET_EACH_POLLER(p) for (b = 0; b < sizeof bodies / sizeof *bodies; b++)
+    {
+        door d = DOOR_INIT;
+        net n;
+        int other;
+        memset(&n, 0, sizeof n);
+        n.server_options.limits.max_body = 100000;
+        guarded_open(&n, &d, p, NET_THREAD);
+        other = wire_connect(n.url);
+        for (first = 1; first < 90; first += first < 50 ? 1 : 7) {
+            wire w = {NULL, 0, 0}, body = {NULL, 0, 0};
+            int fd = wire_connect(n.url), asked;
+            wire_put(&body, "\x08\x05", 2);
+            wire_bytes(&body, 99, bytes, bodies[b]); /* an unknown field */
+            put_head(&w, "Add", 1, "secret-A", 8, NULL, body.n);
+            wire_put(&w, body.p, body.n);
+            put_request(&w, "Add", 2, "secret-A", NULL);
+            put_request(&w, "Add", 3, NULL, NULL);
+            d.served = 0;
+            assert_int_equal(ask(other, 1, "secret-other"), CRPC_OK);
+            asked = door_asked(&d);
+            assert_true(wire_send(fd, w.p, first));
+            assert_int_equal(ask(other, 2, NULL), CRPC_OK); /* by now the server has read it */
+            assert_true(wire_send(fd, w.p + first, w.n - first));
+            assert_int_equal(reply_code(fd, 1, NULL), bodies[b] > 100000 ? CRPC_EREQUEST : CRPC_OK);
+            assert_int_equal(reply_code(fd, 2, NULL), CRPC_OK);
+            assert_int_equal(reply_code(fd, 3, NULL), CRPC_OK);
+            assert_int_equal(door_asked(&d), asked + 1);
+            wire_free(&body);
+            wire_free(&w);
+            close(fd);
+        }
+        close(other);
+        guarded_close(&n, &d);
+    }
+    free(bytes);
+}
+
 /* --- channels --------------------------------------------------------------------------------- */
 
 static int add(crpc_channel *ch, crpc_error *error)
@@ -851,6 +1193,13 @@ int main(void)
         CT_TEST(a_peer_must_authenticate_in_time),
         CT_TEST(identities_do_not_share_request_ids),
         CT_TEST(identities_do_not_wait_for_each_others_keys),
+        CT_TEST(an_authenticator_may_call_crpc),
+        CT_TEST(an_authenticator_may_stop_its_server),
+        CT_TEST(an_authenticator_may_close_its_server),
+        CT_TEST(a_peer_may_go_while_it_is_judged),
+        CT_TEST(a_server_may_end_while_it_judges),
+        CT_TEST(no_frame_is_served_while_its_peer_is_judged),
+        CT_TEST(a_message_that_comes_in_pieces_is_judged_once),
         CT_TEST(a_wrong_credential_says_so_each_time),
         CT_TEST(a_verdict_is_heard_while_the_body_is_being_sent),
         CT_TEST(channels_with_different_credentials_share_no_connection),
