@@ -803,6 +803,70 @@ static void no_frame_is_served_while_its_peer_is_judged(void **state)
     }
 }
 
+/* Whether a loop without a thread gets a reply to the peer when the program steps it. */
+static bool step_until_reply(crpc_loop *l, int fd)
+{
+    struct pollfd reply = {fd, POLLIN, 0};
+    assert_int_equal(crpc_loop_step(l, 1), CRPC_OK);
+    return poll(&reply, 1, 0) == 1;
+}
+
+/* A caller that drives the loop for its own reply runs no callbacks: the peer waits meanwhile, also
+ * if a reply to it sets its connection going. */
+static void a_synchronous_caller_runs_no_authenticator(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_server_options o;
+        crpc_channel *ch;
+        crpc_server *s;
+        door d = DOOR_INIT;
+        net n; /* whom the program calls */
+        net_service service;
+        crpc_loop *l;
+        char url[160];
+        int fd;
+        memset(&n, 0, sizeof n);
+        memset(&o, 0, sizeof o);
+        net_open(&n, p, NET_THREAD);
+        l = net_loop(p);
+        ch = net_channel(n.url, "?timeout_ms=20000", p, l, NULL);
+        net_service_init(&service);
+        pthread_mutex_init(&d.lock, NULL);
+        o.loop = l;
+        o.loops = net_loop_options(p);
+        o.listen = "tcp://127.0.0.1:0";
+        o.access.authenticate = door_judge;
+        o.access.authenticate_user = &d;
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, &service), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+        fd = wire_connect(url);
+        send_request(fd, "Defer", 1, "secret-A", NULL);
+        assert_true(CT_WAIT(crpc_loop_step(l, 1) || net_held(&service) == 1, NET_PATIENCE));
+        send_request(fd, "Add", 2, "secret-B", NULL);
+        net_check_add(ch, 1); /* the request was there before: its message is read */
+        assert_int_equal(crpc_context_finish(net_take(&service), CRPC_OK), CRPC_OK);
+        net_check_add(ch, 2);
+        net_check_add(ch, 3);
+        assert_int_equal(reply_code(fd, 1, NULL), CRPC_OK);
+        assert_int_equal(door_asked(&d), 1);
+        assert_true(CT_WAIT(step_until_reply(l, fd), NET_PATIENCE));
+        assert_int_equal(reply_code(fd, 2, NULL), CRPC_OK);
+        assert_int_equal(door_asked(&d), 2);
+        close(fd);
+        crpc_channel_close(ch);
+        crpc_server_close(s);
+        crpc_loop_close(l);
+        net_close(&n);
+        pthread_mutex_destroy(&service.lock);
+        pthread_mutex_destroy(&d.lock);
+    }
+}
+
 /* A message is judged once, and each byte of it is used once, in whatever pieces it comes. */
 static void a_message_that_comes_in_pieces_is_judged_once(void **state)
 {
@@ -1199,6 +1263,7 @@ int main(void)
         CT_TEST(a_peer_may_go_while_it_is_judged),
         CT_TEST(a_server_may_end_while_it_judges),
         CT_TEST(no_frame_is_served_while_its_peer_is_judged),
+        CT_TEST(a_synchronous_caller_runs_no_authenticator),
         CT_TEST(a_message_that_comes_in_pieces_is_judged_once),
         CT_TEST(a_wrong_credential_says_so_each_time),
         CT_TEST(a_verdict_is_heard_while_the_body_is_being_sent),
