@@ -353,6 +353,7 @@
  *     allow                   text
  *     peers                   text
  *     every_message           0           0           1
+ *     max_failures            20          0           1 and more
  *     max_body                64 MiB      2 GiB - 1   1 to 2 GiB - 1
  *     max_queued              4 MiB       0           1 and more
  *     max_skip                256 MiB     0           1 and more
@@ -572,6 +573,7 @@
  *     worker_queue           1024        CRPC_ELIMIT
  *     max_concurrency        8192        CRPC_ELIMIT; for each I/O thread
  *     method_limits, rate_per_client  none CRPC_ELIMIT
+ *     max_failures           20          CRPC_EAUTH without asking access.authenticate
  *     replay_entries         none        CRPC_ELIMIT for requests with an id
  *     replay_bytes           4 MiB       a repeated request gets CRPC_EINTERNAL
  *     max_results            1024        CRPC_ELIMIT
@@ -591,7 +593,9 @@
  * Not promised: attackers with as many addresses as max_connections can still shut others out, so
  * admit only known networks (access.allow). Large bodies and replies of all peers come out of one
  * max_bytes: while some peers fill it, requests of others get CRPC_ELIMIT or lose their connection.
- * A function in access.authenticate that takes long holds up all connections of its loop.
+ * A function in access.authenticate that takes long holds up all connections of its loop. A host
+ * that fails to authenticate too often (max_failures) shuts itself out, and with it the peers that
+ * share its address, for as long as it goes on.
  *
  * A server with access.authenticate serves only peers that it has accepted. The credential belongs
  * to the connection, as in brpc: whoever can write to the connection acts under its identity. A
@@ -656,9 +660,9 @@
  * What is new: wait=1, unix://@name, CRPC_ENABLE_POLICY, CRPC_ENABLE_TEXTS, CRPC_DEBUG,
  * crpc_channel_options_parse and crpc_server_options_parse. For servers that meet strangers
  * (LIMITS AND TRUST): access.allow, access.peers, access.authenticate, crpc_context_identity,
- * crpc_secret_equal, security.credential_fn; first_request_ms, write_timeout_ms,
- * max_connection_age_ms; shares of max_connections, max_concurrency, worker_queue and
- * replay_entries, crpc_server_peers_walk. For stops without losses: the farewell between crpc
+ * access.max_failures, crpc_secret_equal, security.credential_fn; first_request_ms,
+ * write_timeout_ms, max_connection_age_ms; shares of max_connections, max_concurrency, worker_queue
+ * and replay_entries, crpc_server_peers_walk. For stops without losses: the farewell between crpc
  * peers, quiet_ms, crpc_context_cancelled, crpc_context_on_cancel.
  *
  * HACKING
@@ -1100,6 +1104,8 @@ typedef struct crpc_loop_stats {
     uint64_t limited;      /* requests refused with CRPC_ELIMIT before they were served */
     uint64_t refused;      /* connections that a server refused: access.allow, max_connections */
     uint64_t evicted;      /* connections of a server closed in favour of other hosts */
+    uint64_t auth_failed;  /* messages refused with CRPC_EAUTH by access.authenticate */
+    uint64_t auth_barred;  /* messages refused so without asking it: access.max_failures */
     uint64_t lost_lines;   /* log lines dropped because stderr was full */
     uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms,
                               write_timeout_ms, first_request_ms and max_connection_age_ms */
@@ -1343,6 +1349,11 @@ typedef struct crpc_access_options {
     int every_message; /* 1: a message without credential is judged as such. 0: it counts as sent by
                           the connection's identity, as brpc's clients expect, which send their
                           credential only once. -1: as 0 */
+    /* Refused credentials, absent ones included, that a host may have at once, times its weight in
+     * `peers`; each second one more. Over that its messages get CRPC_EAUTH without asking
+     * `authenticate`, good credentials too, but for connections that it has accepted. 0: 20. -1: no
+     * limit. Without CRPC_ENABLE_POLICY: no limit */
+    int max_failures;
 } crpc_access_options;
 
 /* ======================================================================== */
@@ -5959,6 +5970,7 @@ typedef enum crpci_loop_mode {
 typedef enum crpci_loop_line_kind {
     CRPCI_LOOP_LINE_BAD,    /* a peer broke its protocol */
     CRPCI_LOOP_LINE_ACCEPT, /* accept failed */
+    CRPCI_LOOP_LINE_AUTH,   /* a host fails to authenticate too often */
     CRPCI_LOOP_LINE_KINDS
 } crpci_loop_line_kind;
 
@@ -7326,8 +7338,8 @@ CRPCI_COLD void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_s
     b->at_us = INT64_MIN / 2;
 }
 
-/* Takes a token; false: there is none. */
-CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
+/* Whether there is a token to be taken. */
+CRPCI_FN bool crpci_limiter_bucket_has(crpci_limiter_bucket *b, int64_t now_us)
 {
     int64_t passed = now_us - b->at_us;
     if (!b->per_second)
@@ -7337,9 +7349,16 @@ CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
         b->debt = b->debt > 0 ? b->debt : 0;
         b->at_us = now_us;
     }
-    if (b->debt + CRPCI_LIMITER_TOKEN > b->most)
+    return b->debt + CRPCI_LIMITER_TOKEN <= b->most;
+}
+
+/* Takes a token; false: there is none. */
+CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
+{
+    if (!crpci_limiter_bucket_has(b, now_us))
         return false;
-    b->debt += CRPCI_LIMITER_TOKEN;
+    if (b->per_second)
+        b->debt += CRPCI_LIMITER_TOKEN;
     return true;
 }
 
@@ -8562,7 +8581,8 @@ typedef enum crpci_conn_verdict {
     CRPCI_CONN_UNASKED,
     CRPCI_CONN_ASKED, /* the owner asks the program; the connection is paused meanwhile */
     CRPCI_CONN_PASSED,
-    CRPCI_CONN_FAILED
+    CRPCI_CONN_FAILED,
+    CRPCI_CONN_BARRED /* failed, and the program was not asked */
 } crpci_conn_verdict;
 
 /* How far the end of a connection has come, once a server stops. */
@@ -21760,13 +21780,13 @@ CRPCI_COLD crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol,
 /* ======================================================================== */
 
 /* A server shares what it has among accounts: all connections of one host are one account. An
- * account exists while it holds something. What has to outlive it, the debt of its token bucket,
- * goes into a sketch of fixed size, so that no number of other hosts can push it out. The caller
+ * account exists while it holds something. What has to outlive it, the debts of its token buckets,
+ * goes into sketches of fixed size, so that no number of other hosts can push it out. The caller
  * locks a table; networks are pure. */
 
 #define CRPCI_PEER_BUCKETS   64u
-#define CRPCI_PEER_SKETCH    4096u /* cells in each of the sketch's two rows */
-#define CRPCI_PEER_UNIT_US   15625 /* of the sketch's times: 1/64 s, which wraps after two years */
+#define CRPCI_PEER_SKETCH    4096u /* cells in each of a sketch's two rows */
+#define CRPCI_PEER_UNIT_US   15625 /* of a sketch's times: 1/64 s, which wraps after two years */
 
 /* Makes the key of a peer's account: the address without what one host can choose. A host with
  * global IPv6 has at least a /64 to choose addresses from, so those 64 bits are dropped; link-local
@@ -21910,12 +21930,19 @@ typedef enum crpci_peer_resource {
     CRPCI_PEER_RESOURCES
 } crpci_peer_resource;
 
+/* What an account may do only so often. */
+typedef enum crpci_peer_rate {
+    CRPCI_PEER_REQUESTS, /* rate_per_client */
+    CRPCI_PEER_FAILURES, /* max_failures, by the account's weight */
+    CRPCI_PEER_RATES
+} crpci_peer_rate;
+
 typedef struct crpci_peer_account {
     crpci_list link; /* in its bucket */
     crpci_sock_name key;
     uint32_t weight;
     uint32_t held[CRPCI_PEER_RESOURCES];
-    crpci_limiter_bucket bucket; /* of rate_per_client */
+    crpci_limiter_bucket rates[CRPCI_PEER_RATES];
     crpci_worker_flow flow;      /* under the lock of the worker pool */
 } crpci_peer_account;
 
@@ -21925,35 +21952,47 @@ typedef struct crpci_peer_table {
     crpci_list buckets[CRPCI_PEER_BUCKETS];
     uint64_t secret[2]; /* a peer cannot choose addresses that fall into one bucket or cell */
     crpci_peer_networks weights;
-    int64_t rate, burst; /* of each account's token bucket; rate 0: none */
-    /* With a rate: when the debts of departed accounts are paid, in CRPCI_PEER_UNIT_US. An account
-     * has a cell in each row, and the lower one counts: both are wrong only if others share both.
-     * */
-    uint32_t *sketch;
+    struct {
+        int64_t per_second, burst; /* of each account's token bucket */
+        /* When the debts of departed accounts are paid, in CRPCI_PEER_UNIT_US. An account has a
+         * cell in each row, and the lower one counts: both are wrong only if others share both.
+         * NULL: there is no such limit. */
+        uint32_t *sketch;
+    } rates[CRPCI_PEER_RATES];
 } crpci_peer_table;
 
 /* `t` is all zero, but for its weights. */
-CRPCI_COLD int crpci_peer_open(crpci_peer_table *t, crpci_heap *h, const uint64_t secret[2],
-                               int64_t rate, int64_t burst)
+CRPCI_COLD void crpci_peer_open(crpci_peer_table *t, crpci_heap *h, const uint64_t secret[2])
 {
     size_t i;
     t->heap = h;
     t->secret[0] = secret[0];
     t->secret[1] = secret[1];
-    t->rate = rate;
-    t->burst = burst;
     for (i = 0; i < CRPCI_PEER_BUCKETS; i++)
         crpci_list_init(&t->buckets[i]);
-    if (rate > 0)
-        t->sketch = (uint32_t *)crpci_heap_alloc(h, 2 * CRPCI_PEER_SKETCH * sizeof *t->sketch);
-    return rate > 0 && !t->sketch ? CRPC_ENOMEM : CRPC_OK;
+}
+
+/* Limits a rate, before there is an account; per_second 0: it stays without a limit. */
+CRPCI_COLD int crpci_peer_limit(crpci_peer_table *t, crpci_peer_rate what, int64_t per_second,
+                                int64_t burst)
+{
+    if (per_second < 1)
+        return CRPC_OK;
+    t->rates[what].per_second = per_second;
+    t->rates[what].burst = burst;
+    t->rates[what].sketch =
+        (uint32_t *)crpci_heap_alloc(t->heap, 2 * CRPCI_PEER_SKETCH * sizeof(uint32_t));
+    return t->rates[what].sketch ? CRPC_OK : CRPC_ENOMEM;
 }
 
 /* All connections have ended, and all accounts with them. */
 CRPCI_COLD void crpci_peer_close(crpci_peer_table *t, crpci_heap *h)
 {
-    crpci_heap_free(h, t->sketch, 2 * CRPCI_PEER_SKETCH * sizeof *t->sketch);
-    t->sketch = NULL;
+    size_t i;
+    for (i = 0; i < CRPCI_PEER_RATES; i++) {
+        crpci_heap_free(h, t->rates[i].sketch, 2 * CRPCI_PEER_SKETCH * sizeof(uint32_t));
+        t->rates[i].sketch = NULL;
+    }
     crpci_peer_free_networks(&t->weights, h);
 }
 
@@ -21966,19 +22005,19 @@ CRPCI_FN uint64_t crpci_peer_hash(const crpci_peer_table *t, const crpci_sock_na
     return crpci_base_siphash(t->secret, bytes, sizeof bytes);
 }
 
-CRPCI_FN uint32_t *crpci_peer_cell(const crpci_peer_table *t, uint64_t hash, unsigned row)
+CRPCI_FN uint32_t *crpci_peer_cell(uint32_t *sketch, uint64_t hash, unsigned row)
 {
-    return &t->sketch[row * CRPCI_PEER_SKETCH + (hash >> row * 32) % CRPCI_PEER_SKETCH];
+    return &sketch[row * CRPCI_PEER_SKETCH + (hash >> row * 32) % CRPCI_PEER_SKETCH];
 }
 
 /* Gives a new account the debt with which its host left. A time in a cell that is further away than
  * any debt lasts is an old one, from before the counter wrapped. */
-CRPCI_FN void crpci_peer_restore_debt(const crpci_peer_table *t, crpci_limiter_bucket *b,
-                                      uint64_t hash, int64_t now_us)
+CRPCI_FN void crpci_peer_restore_debt(uint32_t *sketch, crpci_limiter_bucket *b, uint64_t hash,
+                                      int64_t now_us)
 {
     uint32_t now = (uint32_t)(now_us / CRPCI_PEER_UNIT_US);
-    uint32_t first = *crpci_peer_cell(t, hash, 0) - now;
-    uint32_t second = *crpci_peer_cell(t, hash, 1) - now;
+    uint32_t first = *crpci_peer_cell(sketch, hash, 0) - now;
+    uint32_t second = *crpci_peer_cell(sketch, hash, 1) - now;
     int64_t left = (int64_t)(first < second ? first : second) * CRPCI_PEER_UNIT_US;
     if (first > INT32_MAX || second > INT32_MAX || left > b->clear_us + 2 * CRPCI_PEER_UNIT_US)
         return;
@@ -21987,8 +22026,8 @@ CRPCI_FN void crpci_peer_restore_debt(const crpci_peer_table *t, crpci_limiter_b
 }
 
 /* Keeps the debt of an account that ends, rounded up, unless a cell holds a longer one. */
-CRPCI_FN void crpci_peer_keep_debt(crpci_peer_table *t, const crpci_limiter_bucket *b,
-                                   uint64_t hash, int64_t now_us)
+CRPCI_FN void crpci_peer_keep_debt(uint32_t *sketch, const crpci_limiter_bucket *b, uint64_t hash,
+                                   int64_t now_us)
 {
     int64_t left = b->debt / b->per_second - (now_us - b->at_us);
     uint32_t now = (uint32_t)(now_us / CRPCI_PEER_UNIT_US), until;
@@ -21997,9 +22036,23 @@ CRPCI_FN void crpci_peer_keep_debt(crpci_peer_table *t, const crpci_limiter_buck
         return;
     until = now + (uint32_t)crpci_base_min64(left / CRPCI_PEER_UNIT_US + 1, INT32_MAX);
     for (row = 0; row < 2; row++) {
-        uint32_t *cell = crpci_peer_cell(t, hash, row);
+        uint32_t *cell = crpci_peer_cell(sketch, hash, row);
         if (*cell - now > INT32_MAX || *cell - now < until - now)
             *cell = until;
+    }
+}
+
+/* Gives a new account its token buckets. */
+CRPCI_FN void crpci_peer_fill(const crpci_peer_table *t, crpci_peer_account *a, uint64_t hash,
+                              int64_t now_us)
+{
+    size_t i;
+    for (i = 0; i < CRPCI_PEER_RATES; i++) {
+        int64_t by = i == CRPCI_PEER_FAILURES ? (int64_t)a->weight : 1;
+        crpci_limiter_bucket_init(&a->rates[i], t->rates[i].per_second * by,
+                                  t->rates[i].burst * by);
+        if (t->rates[i].sketch)
+            crpci_peer_restore_debt(t->rates[i].sketch, &a->rates[i], hash, now_us);
     }
 }
 
@@ -22026,10 +22079,8 @@ CRPCI_FN crpci_peer_account *crpci_peer_connect(crpci_peer_table *t, const crpci
     a->key = key;
     a->weight = network ? network->weight : 1;
     a->held[CRPCI_PEER_CONNECTIONS] = 1;
-    crpci_limiter_bucket_init(&a->bucket, t->rate, t->burst);
+    crpci_peer_fill(t, a, hash, now_us);
     crpci_worker_flow_init(&a->flow);
-    if (t->sketch)
-        crpci_peer_restore_debt(t, &a->bucket, hash, now_us);
     crpci_list_append(bucket, &a->link);
     t->count++;
     return a;
@@ -22045,8 +22096,11 @@ CRPCI_FN void crpci_peer_release(crpci_peer_table *t, crpci_peer_account *a,
         if (a->held[i])
             return;
     }
-    if (t->sketch)
-        crpci_peer_keep_debt(t, &a->bucket, crpci_peer_hash(t, &a->key), now_us);
+    for (i = 0; i < CRPCI_PEER_RATES; i++) {
+        if (t->rates[i].sketch)
+            crpci_peer_keep_debt(t->rates[i].sketch, &a->rates[i], crpci_peer_hash(t, &a->key),
+                                 now_us);
+    }
     crpci_list_remove(&a->link);
     t->count--;
     crpci_heap_free(t->heap, a, sizeof *a);
@@ -23128,6 +23182,55 @@ CRPCI_COLD bool crpci_auth_judge(const crpc_server *s, crpci_auth_grant *g)
     return !refused;
 }
 
+/* Counts a refused credential for the account of the connection's host. */
+CRPCI_COLD void crpci_auth_failed(crpc_server *s, crpci_conn *conn)
+{
+    crpci_peer_account *a = (crpci_peer_account *)conn->account;
+    conn->loop->stats.auth_failed++;
+    if (!CRPC_ENABLE_POLICY)
+        return;
+    crpci_thread_lock(&s->guard.lock);
+    crpci_limiter_bucket_take(&a->rates[CRPCI_PEER_FAILURES], crpci_heap_now(s->heap));
+    crpci_thread_unlock(&s->guard.lock);
+}
+
+/* Whether the host of a connection has had so many credentials refused that the program is not
+ * asked about another one: what it does may be expensive. */
+CRPCI_COLD bool crpci_auth_is_barred(crpc_server *s, crpci_conn *conn)
+{
+    crpci_peer_account *a = (crpci_peer_account *)conn->account;
+    char own[CRPC_ADDRESS_MAX], peer[CRPCI_SOCK_NAME_MAX];
+    crpci_addr local;
+    bool may = true;
+    if (CRPC_ENABLE_POLICY) {
+        crpci_thread_lock(&s->guard.lock);
+        may = crpci_limiter_bucket_has(&a->rates[CRPCI_PEER_FAILURES], crpci_heap_now(s->heap));
+        crpci_thread_unlock(&s->guard.lock);
+    }
+    if (may)
+        return false;
+    conn->loop->stats.auth_barred++;
+    crpci_sock_local(conn->fd, &local);
+    crpci_sock_format(&local, own, sizeof own);
+    crpci_sock_name_format(&conn->peer, peer, sizeof peer);
+    crpci_loop_log(conn->loop, CRPCI_LOOP_LINE_AUTH,
+                   "server %s: a credential of %s refused without asking access.authenticate: too "
+                   "many of its host were refused (max_failures)",
+                   own, peer);
+    return true;
+}
+
+/* Decides about a connection whose server still serves. */
+CRPCI_COLD crpci_conn_verdict crpci_auth_decide(crpc_server *s, crpci_auth_grant *g)
+{
+    if (crpci_auth_is_barred(s, g->conn))
+        return CRPCI_CONN_BARRED;
+    if (crpci_auth_judge(s, g))
+        return CRPCI_CONN_PASSED;
+    crpci_auth_failed(s, g->conn);
+    return CRPCI_CONN_FAILED;
+}
+
 /* Asks, and has the message read again. If the connection or the server has ended meanwhile there
  * is nothing to decide any more: after crpc_server_close the program must not be asked. */
 CRPCI_COLD void crpci_auth_task(crpc_loop *l, crpci_task *task)
@@ -23136,13 +23239,14 @@ CRPCI_COLD void crpci_auth_task(crpc_loop *l, crpci_task *task)
     crpci_chunk *chunk = g->chunk;
     crpci_conn *conn = g->conn;
     crpc_server *s = (crpc_server *)conn->owner;
-    bool good = !conn->closed && crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED &&
-                crpci_auth_judge(s, g);
-    if (good && !conn->closed)
+    crpci_conn_verdict verdict = CRPCI_CONN_FAILED;
+    if (!conn->closed && crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED)
+        verdict = crpci_auth_decide(s, g);
+    if (verdict == CRPCI_CONN_PASSED && !conn->closed)
         conn->identity = chunk;
     else
         crpci_heap_chunk_unref(chunk);
-    conn->verdict = good ? CRPCI_CONN_PASSED : CRPCI_CONN_FAILED;
+    conn->verdict = verdict;
     crpci_conn_pause(conn, false);
     if (crpci_context_leave(conn))
         crpci_context_release(s, l);
@@ -23173,9 +23277,16 @@ CRPCI_COLD bool crpci_auth_ask(crpc_server *s, crpci_conn *conn, crpc_view crede
 }
 
 /* Refuses a message. Nothing more is read: the connection closes when the requests that came before
- * are answered. */
-CRPCI_COLD void crpci_auth_refuse(crpci_conn *conn, const crpci_message *m, const char *why)
+ * are answered. UNASKED: there was no memory to ask. */
+CRPCI_COLD void crpci_auth_refuse(crpci_conn *conn, const crpci_message *m,
+                                  crpci_conn_verdict verdict, bool credential)
 {
+    const char *why =
+        verdict == CRPCI_CONN_UNASKED ? CRPCI_STATUS_TEXT("out of memory")
+        : verdict == CRPCI_CONN_BARRED
+            ? CRPCI_STATUS_TEXT("too many credentials of this host were refused (max_failures)")
+        : credential ? CRPCI_STATUS_TEXT("the server does not accept the request's credential")
+                     : CRPCI_STATUS_TEXT("the server asks for a credential; the request has none");
     crpci_context_refuse(conn, m, CRPC_EAUTH, why);
     conn->shut = conn->eof = true;
     crpci_conn_interest(conn);
@@ -23193,12 +23304,7 @@ CRPCI_FN bool crpci_auth_screen(crpci_conn *conn, const crpci_message *m)
         return true;
     if (verdict == CRPCI_CONN_UNASKED && crpci_auth_ask(s, conn, credential))
         return false;
-    crpci_auth_refuse(conn, m,
-                      verdict == CRPCI_CONN_UNASKED ? CRPCI_STATUS_TEXT("out of memory")
-                      : crpc_view_size(credential)
-                          ? CRPCI_STATUS_TEXT("the server does not accept the request's credential")
-                          : CRPCI_STATUS_TEXT("the server asks for a credential; the request has "
-                                              "none"));
+    crpci_auth_refuse(conn, m, verdict, crpc_view_size(credential) != 0);
     return false;
 }
 
@@ -23557,7 +23663,8 @@ CRPCI_COLD const char *crpci_guard_limit(crpc_server *s, const crpci_conn *conn,
     const char *why = NULL;
     g->since = conn->active_us;
     crpci_thread_lock(&s->guard.lock);
-    if (account && !crpci_limiter_bucket_take(&account->bucket, g->since))
+    if (account &&
+        !crpci_limiter_bucket_take(&account->rates[CRPCI_PEER_REQUESTS], g->since))
         why = CRPCI_STATUS_TEXT("too many requests of this client in a second (rate_per_client)");
     else if (q)
         why = crpci_quota_enter(q, g->since);
@@ -23643,8 +23750,11 @@ CRPCI_COLD int crpci_guard_open(crpc_server *s)
     int err;
     crpci_order_init(&s->guard.order, o->worker_queue);
     crpci_loop_secret(s->loop, secret);
-    err = crpci_peer_open(&s->guard.peers, s->heap, secret, o->rate_per_client,
-                          o->burst_per_client);
+    crpci_peer_open(&s->guard.peers, s->heap, secret);
+    err = crpci_peer_limit(&s->guard.peers, CRPCI_PEER_REQUESTS, o->rate_per_client,
+                           o->burst_per_client);
+    if (!err && o->access.authenticate && o->access.max_failures)
+        err = crpci_peer_limit(&s->guard.peers, CRPCI_PEER_FAILURES, 1, o->access.max_failures);
     if (!err && o->replay_entries)
         err = crpci_replay_open(&s->guard.replay, s->heap, (size_t)o->replay_entries,
                                 o->replay_bytes, (int64_t)o->replay_ms * 1000, secret);
@@ -24810,6 +24920,8 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_TEXT(access.allow, "allow", 0),
     CRPCI_LIFECYCLE_TEXT(access.peers, "peers", 0),
     CRPCI_LIFECYCLE_ROW(access.every_message, "every_message", 0, 0, 0, 1),
+    CRPCI_LIFECYCLE_ROW(access.max_failures, "max_failures", CRPCI_OPTION_POLICY, 20, 0,
+                        CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
     CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),

@@ -913,6 +913,186 @@ static void a_message_that_comes_in_pieces_is_judged_once(void **state)
     free(bytes);
 }
 
+/* --- a host that fails too often -------------------------------------------------------------- */
+
+static int64_t try_from(net *n, const char *host, const char *credential, char *text)
+{
+    int fd = wire_connect_from(n->url, host);
+    int64_t code;
+    send_request(fd, "Add", 1, credential, NULL);
+    code = reply_code(fd, 1, text);
+    if (code)
+        is_closed(fd);
+    else
+        close(fd);
+    return code;
+}
+
+static void failures_of_a_host_are_limited(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        crpc_loop_stats stats;
+        char text[512];
+        door d = DOOR_INIT;
+        net n;
+        int fd, i;
+        if (m == NET_SHARED) /* the channel would stand still with the server's clock */
+            continue;
+        memset(&n, 0, sizeof n);
+        n.time = NET_TIME_STANDS;
+        n.server_options.access.max_failures = 3;
+        n.server_options.access.peers = "127.0.0.4:2";
+        guarded_open(&n, &d, p, m);
+        fd = wire_connect_from(n.url, "127.0.0.2");
+        assert_int_equal(ask(fd, 1, "secret-A"), CRPC_OK);
+        for (i = 0; i < 3; i++) { /* a connection each: the account ends with it */
+            assert_int_equal(try_from(&n, "127.0.0.3", i ? "guess" : NULL, text), CRPC_EAUTH);
+            net_time_add(32); /* its debt was rounded up by no more than that */
+        }
+        assert_string_equal(text, "the server does not accept the request's credential");
+        assert_int_equal(door_asked(&d), 4);
+        for (i = 0; i < 3; i++)
+            assert_int_equal(try_from(&n, "127.0.0.2", "guess", NULL), CRPC_EAUTH);
+        assert_int_equal(door_asked(&d), 7);
+        for (i = 0; i < 10; i++) {
+            const char *credential = i % 3 == 2 ? NULL : i % 3 ? "secret-A" : "guess";
+            const char *host = i % 2 ? "127.0.0.2" : "127.0.0.3";
+            assert_int_equal(try_from(&n, host, credential, text), CRPC_EAUTH);
+            assert_string_equal(text,
+                                "too many credentials of this host were refused (max_failures)");
+        }
+        assert_int_equal(ask(fd, 2, NULL), CRPC_OK); /* who was accepted stays so */
+        assert_int_equal(ask(fd, 3, "secret-A"), CRPC_OK);
+        assert_int_equal(door_asked(&d), 7);
+        assert_int_equal(try_from(&n, "127.0.0.1", "secret-B", NULL), CRPC_OK);
+        for (i = 0; i < 7; i++) { /* the weight counts */
+            assert_int_equal(try_from(&n, "127.0.0.4", "guess", NULL), CRPC_EAUTH);
+            net_time_add(32);
+        }
+        assert_int_equal(door_asked(&d), 8 + 6);
+        crpc_server_stats_get(n.server, &stats);
+        assert_int_equal(stats.auth_failed, 6 + 6);
+        assert_int_equal(stats.auth_barred, 10 + 1);
+        net_time_add(1000);
+        for (i = 0; i < 5; i++) /* a success costs nothing */
+            assert_int_equal(try_from(&n, "127.0.0.3", "secret-A", NULL), CRPC_OK);
+        assert_int_equal(try_from(&n, "127.0.0.3", "guess", NULL), CRPC_EAUTH);
+        assert_int_equal(door_asked(&d), 14 + 6);
+        assert_int_equal(try_from(&n, "127.0.0.3", "secret-A", NULL), CRPC_EAUTH);
+        assert_int_equal(door_asked(&d), 20);
+        close(fd);
+        guarded_close(&n, &d);
+    }
+}
+
+/* Those that were on their way before the first verdict are limited too. */
+static void failures_that_come_together_are_limited(void **state)
+{
+    enum { PEERS = 40 };
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        door d = DOOR_INIT;
+        net n;
+        int fds[PEERS], first, i;
+        memset(&n, 0, sizeof n);
+        n.time = NET_TIME_STANDS; /* 20: the default */
+        guarded_open(&n, &d, p, NET_THREAD);
+        d.inside = wait_inside;
+        first = wire_connect_from(n.url, "127.0.0.2");
+        send_request(first, "Add", 1, "secret-A", NULL);
+        assert_true(door_entered(&d));
+        for (i = 0; i < PEERS; i++) {
+            fds[i] = wire_connect(n.url);
+            send_request(fds[i], "Add", 1, "guess", NULL);
+        }
+        door_let_go(&d);
+        for (i = 0; i < PEERS; i++) {
+            assert_int_equal(reply_code(fds[i], 1, NULL), CRPC_EAUTH);
+            is_closed(fds[i]);
+        }
+        assert_int_equal(door_asked(&d), 1 + 20);
+        close(first);
+        guarded_close(&n, &d);
+    }
+}
+
+static void the_limit_of_failures_can_be_removed(void **state)
+{
+    door d = DOOR_INIT;
+    net n;
+    int i;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    n.server_options.access.max_failures = -1;
+    guarded_open(&n, &d, CRPC_POLLER_DEFAULT, NET_THREAD);
+    for (i = 0; i < 50; i++)
+        assert_int_equal(try_from(&n, "127.0.0.2", "guess", NULL), CRPC_EAUTH);
+    assert_int_equal(door_asked(&d), 50);
+    guarded_close(&n, &d);
+}
+
+static int barred_lines; /* atomic: so many; the last one is complete */
+static char barred_line[512];
+
+static void keep_barred_line(void *user, int level, const char *text)
+{
+    (void)user, (void)level;
+    if (!strstr(text, "max_failures"))
+        return;
+    snprintf(barred_line, sizeof barred_line, "%s", text);
+    __atomic_add_fetch(&barred_lines, 1, __ATOMIC_ACQ_REL);
+}
+
+/* One line a second says so, and how many were left out. */
+static void a_host_that_fails_too_often_is_named_in_one_line(void **state)
+{
+    crpc_loop_options lo = net_loop_options(CRPC_POLLER_DEFAULT);
+    crpc_server_options o;
+    door d = DOOR_INIT;
+    char head[300];
+    net n;
+    int i;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    memset(&o, 0, sizeof o);
+    net_time_begin(NET_TIME_STANDS);
+    lo.hooks.clock_us = net_clock_us;
+    lo.hooks.log = keep_barred_line;
+    lo.hooks.log_level = CRPC_LOG_WARN;
+    pthread_mutex_init(&d.lock, NULL);
+    o.loops = lo;
+    o.listen = "tcp://127.0.0.1:0";
+    o.access.max_failures = 1;
+    o.access.authenticate = door_judge;
+    o.access.authenticate_user = &d;
+    assert_int_equal(crpc_server_open(&n.server, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_start(n.server, NULL), CRPC_OK);
+    assert_int_equal(crpc_loop_start(crpc_server_loop(n.server)), CRPC_OK);
+    assert_int_equal(crpc_server_address(n.server, 0, n.url, sizeof n.url), CRPC_OK);
+    for (i = 0; i < 6; i++) {
+        if (i == 5) {
+            net_time_add(1000);
+            assert_int_equal(try_from(&n, "127.0.0.2", "guess", NULL), CRPC_EAUTH); /* allowed */
+        }
+        assert_int_equal(try_from(&n, "127.0.0.2", "guess", NULL), CRPC_EAUTH);
+        assert_true(CT_WAIT(__atomic_load_n(&barred_lines, __ATOMIC_ACQUIRE) ==
+                                (i == 0 ? 0 : i < 5 ? 1 : 2),
+                            NET_PATIENCE));
+    }
+    snprintf(head, sizeof head, "server %s: a credential of 127.0.0.2:", n.url + 6);
+    assert_int_equal(strncmp(barred_line, head, strlen(head)), 0);
+    assert_non_null(strstr(barred_line, "; 3 lines like it were left out before"));
+    net_time_run();
+    crpc_server_close(n.server);
+    pthread_mutex_destroy(&d.lock);
+}
+
 /* --- channels --------------------------------------------------------------------------------- */
 
 static int add(crpc_channel *ch, crpc_error *error)
@@ -1265,6 +1445,10 @@ int main(void)
         CT_TEST(no_frame_is_served_while_its_peer_is_judged),
         CT_TEST(a_synchronous_caller_runs_no_authenticator),
         CT_TEST(a_message_that_comes_in_pieces_is_judged_once),
+        CT_TEST(failures_of_a_host_are_limited),
+        CT_TEST(failures_that_come_together_are_limited),
+        CT_TEST(the_limit_of_failures_can_be_removed),
+        CT_TEST(a_host_that_fails_too_often_is_named_in_one_line),
         CT_TEST(a_wrong_credential_says_so_each_time),
         CT_TEST(a_verdict_is_heard_while_the_body_is_being_sent),
         CT_TEST(channels_with_different_credentials_share_no_connection),
