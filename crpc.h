@@ -19452,19 +19452,20 @@ CRPCI_COLD bool crpci_attempt_reauthenticate(crpci_pending_call *c)
     crpc_channel *ch = c->channel;
     crpci_request_source *s = &ch->requests;
     const crpci_request *r = &c->attempt.request;
+    crpci_pending_call *waits = c->parent ? c->parent : c;
     crpc_view sent = crpc_view_of((const uint8_t *)(crpci_request_frame(r) + 1) + r->fields_size,
                                   r->credential_size);
     bool may = crpci_request_may_ask(s);
-    if (!r->asked || c->refused || c->kind >= CRPCI_CALL_PART || c->group || ch->closed ||
+    if (!r->asked || c->refused || ch->closed ||
         (!may && !s->ask.asking && crpc_secret_equal(sent, crpci_request_latest(s))))
         return false;
     c->refused = true;
     crpci_attempt_end(c, CRPCI_OUTCOME_IGNORE);
     c->attempt.state = CRPCI_ATTEMPT_WAITING;
     crpci_list_append(&ch->refused, &c->attempt.link);
-    c->asks = may && c->kind == CRPCI_CALL_SYNC;
-    if (c->asks) {
-        crpci_drive_end_wait(ch->loop, c->waiter);
+    if (may && waits->kind == CRPCI_CALL_SYNC) {
+        waits->asks = true;
+        crpci_drive_end_wait(ch->loop, waits->waiter);
     } else if (may) {
         crpci_loop_ready(ch->loop, &ch->ask);
     } else if (!s->ask.asking) { /* another thread has asked meanwhile */
@@ -19485,7 +19486,8 @@ CRPCI_COLD void crpci_attempt_on_ask(crpc_loop *l, crpci_task *task)
     crpci_attempt_drop_channel(ch);
 }
 
-/* The program was asked for a credential: the calls that wait for one are made once more. */
+/* The program was asked for a credential: the calls that wait for one are made once more, parts of
+ * a call by the same provider. */
 CRPCI_COLD void crpci_attempt_on_answered(crpc_loop *l, crpci_task *task)
 {
     crpc_channel *ch = CRPCI_CONTAINER(task, crpc_channel, requests.ask.answered);
@@ -19499,7 +19501,8 @@ CRPCI_COLD void crpci_attempt_on_answered(crpc_loop *l, crpci_task *task)
         crpci_list_remove(&a->link);
         a->state = CRPCI_ATTEMPT_IDLE;
         if (crpci_request_replace(&a->request, c->block, crpci_request_latest(&ch->requests)))
-            m = crpci_attempt_next(c, CRPC_EAUTH, false);
+            m = c->parent ? crpci_providers_of(&ch->providers, a->endpoint)
+                          : crpci_attempt_next(c, CRPC_EAUTH, false);
         if (m)
             crpci_attempt_start(c, m);
         else
@@ -20268,8 +20271,8 @@ CRPCI_FN void crpci_channel_run(crpc_loop *l, crpci_pending_call *c)
     c->waiter = &w;
     crpci_channel_launch(l, c);
     crpci_drive_wait(l, &w, c->attempt.deadline_us, false);
-    if (CRPCI_UNLIKELY(c->asks))
-        crpci_channel_ask(l, c, &w);
+    while (CRPCI_UNLIKELY(c->asks) && c->attempt.state != CRPCI_ATTEMPT_DONE)
+        crpci_channel_ask(l, c, &w); /* for a part of the call perhaps later, once more */
     c->waiter = NULL;
     if (c->attempt.state != CRPCI_ATTEMPT_DONE) {
         crpci_attempt_expire(c);

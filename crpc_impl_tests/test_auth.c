@@ -1335,6 +1335,57 @@ static void a_refused_credential_is_asked_for_anew(void **state)
     }
 }
 
+/* Each part of a call is made once more, by its own provider. The function is asked once for all. */
+static void parts_of_a_call_are_made_once_more(void **state)
+{
+    static const char *const clusters[] = {"broadcast", "forking&forks=-1"};
+    crpc_poller p;
+    int form, how;
+    (void)state;
+    NET_EACH_POLLER(p) for (form = 0; form < 3; form++) for (how = 0; how < 4; how++)
+    {
+        bool stays = how & 1;
+        crpc_channel *ch;
+        crpc_loop *loop;
+        net n[2], list;
+        door d[2];
+        purse u;
+        int i;
+        for (i = 0; i < 2; i++) {
+            memset(&n[i], 0, sizeof n[i]);
+            memset(&d[i], 0, sizeof d[i]);
+            guarded_open(&n[i], &d[i], p, NET_THREAD);
+            d[i].revoked = "secret-old";
+        }
+        snprintf(list.url, sizeof list.url, "list://127.0.0.1:%d,127.0.0.1:%d?cluster=%s",
+                 atoi(strrchr(n[0].url, ':') + 1), atoi(strrchr(n[1].url, ':') + 1),
+                 clusters[how / 2]);
+        ch = purse_channel(&u, &list, p, "secret-old", &loop);
+        net_time_add(1000);
+        purse_asked(&u, stays ? "secret-old" : "secret-new");
+        assert_int_equal(add_by(ch, form), stays ? CRPC_EAUTH : CRPC_OK);
+        assert_int_equal(purse_asked(&u, NULL), 2);
+        if (how / 2 == 0) { /* with the first success the others are given up */
+            for (i = 0; i < 2; i++) {
+                /* a part that is refused when the same credential has come again ends */
+                assert_in_range(door_asked(&d[i]), stays ? 1 : 2, 2);
+                assert_int_equal(net_calls(&n[i].service), stays ? 0 : 1);
+            }
+        }
+        for (i = 0; i < 2; i++) {
+            pthread_mutex_lock(&d[i].lock);
+            d[i].revoked = NULL;
+            pthread_mutex_unlock(&d[i].lock);
+        }
+        assert_int_equal(add_by(ch, form), CRPC_OK);
+        crpc_channel_close(ch);
+        crpc_loop_close(loop);
+        for (i = 0; i < 2; i++)
+            guarded_close(&n[i], &d[i]);
+        pthread_mutex_destroy(&u.lock);
+    }
+}
+
 /* A call is made once more, not for ever; a function that has nothing new changes nothing. */
 static void a_credential_that_stays_wrong_ends_in_eauth(void **state)
 {
@@ -1453,6 +1504,7 @@ int main(void)
         CT_TEST(a_verdict_is_heard_while_the_body_is_being_sent),
         CT_TEST(channels_with_different_credentials_share_no_connection),
         CT_TEST(a_refused_credential_is_asked_for_anew),
+        CT_TEST(parts_of_a_call_are_made_once_more),
         CT_TEST(a_credential_that_stays_wrong_ends_in_eauth),
         CT_TEST(calls_refused_together_ask_once),
     };
