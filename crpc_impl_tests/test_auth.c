@@ -103,29 +103,13 @@ static void guarded_close(net *n, door *d)
 
 /* --- requests with credentials, by hand ------------------------------------------------------- */
 
-/* The head of a request whose frame has a body of `body` bytes. `credential` NULL: none. */
+/* The head of a request whose frame has a body of `body` bytes. `credential` NULL: none. `rid`: its
+ * id, or, if it begins with "=", its ordering key. */
 static void put_head(wire *w, const char *method, int64_t id, const void *credential, size_t size,
                      const char *rid, size_t body)
 {
-    wire meta = {NULL, 0, 0}, request = {NULL, 0, 0}, entry = {NULL, 0, 0};
-    wire_str(&request, 1, "dyn.Echo");
-    wire_str(&request, 2, method);
-    wire_bytes(&meta, 1, request.p, request.n);
-    wire_int(&meta, 4, id);
-    if (credential)
-        wire_bytes(&meta, 7, credential, size);
-    if (rid) {
-        wire_str(&entry, 1, rid[0] == '=' ? "crpc-key" : "crpc-rid");
-        wire_str(&entry, 2, rid);
-        wire_bytes(&meta, 9, entry.p, entry.n);
-    }
-    wire_put(w, "PRPC", 4);
-    wire_be32(w, (uint32_t)(meta.n + body));
-    wire_be32(w, (uint32_t)meta.n);
-    wire_put(w, meta.p, meta.n);
-    wire_free(&meta);
-    wire_free(&request);
-    wire_free(&entry);
+    const char *fields[] = {rid && rid[0] == '=' ? "crpc-key" : "crpc-rid", rid, NULL};
+    wire_request_head(w, method, id, credential, size, 0, rid ? fields : NULL, body);
 }
 
 static void put_request(wire *w, const char *method, int64_t id, const char *credential,
@@ -143,23 +127,10 @@ static void send_request(int fd, const char *method, int64_t id, const char *cre
     assert_true(wire_flush(fd, &w));
 }
 
-static int64_t reply_code(int fd, int64_t id, char *text)
-{
-    wire_message m;
-    int64_t code;
-    assert_int_equal(wire_receive(fd, &m), 1);
-    assert_int_equal(m.id, id);
-    code = m.code;
-    if (text)
-        strcpy(text, m.text);
-    wire_done(&m);
-    return code;
-}
-
 static int64_t ask(int fd, int64_t id, const char *credential)
 {
     send_request(fd, "Add", id, credential, NULL);
-    return reply_code(fd, id, NULL);
+    return net_reply_code(fd, id, NULL);
 }
 
 /* The server has closed the connection, in order or, with input unread, by a reset. */
@@ -216,12 +187,12 @@ static void a_peer_without_a_credential_is_not_served(void **state)
         guarded_open(&n, &d, p, m);
         fd = wire_connect(n.url);
         send_request(fd, "Nothing", 3, NULL, NULL); /* it does not learn which methods there are */
-        assert_int_equal(reply_code(fd, 3, text), CRPC_EAUTH);
+        assert_int_equal(net_reply_code(fd, 3, text), CRPC_EAUTH);
         assert_string_equal(text, "the server asks for a credential; the request has none");
         is_closed(fd);
         fd = wire_connect(n.url);
         send_request(fd, "Add", 4, "guess", NULL);
-        assert_int_equal(reply_code(fd, 4, text), CRPC_EAUTH);
+        assert_int_equal(net_reply_code(fd, 4, text), CRPC_EAUTH);
         assert_string_equal(text, "the server does not accept the request's credential");
         is_closed(fd);
         assert_int_equal(net_calls(&n.service), 0);
@@ -246,7 +217,7 @@ static void frames_behind_a_refused_one_are_not_served(void **state)
         for (i = 2; i < 300; i++)
             put_request(&w, "Add", i, i % 2 ? NULL : "secret-late", NULL);
         assert_true(wire_flush(fd, &w));
-        assert_int_equal(reply_code(fd, 1, NULL), CRPC_EAUTH);
+        assert_int_equal(net_reply_code(fd, 1, NULL), CRPC_EAUTH);
         is_closed(fd);
         assert_int_equal(door_asked(&d), 1);
         assert_int_equal(net_calls(&n.service), 0);
@@ -274,7 +245,7 @@ static void each_request_keeps_the_identity_with_which_it_came(void **state)
         fd = wire_connect(n.url);
         for (i = 0; i < 5; i++)
             send_request(fd, "Defer", i, credentials[i], NULL);
-        assert_int_equal(reply_code(fd, 4, NULL), CRPC_EAUTH);
+        assert_int_equal(net_reply_code(fd, 4, NULL), CRPC_EAUTH);
         assert_true(CT_WAIT(net_held(&n.service) == 4, NET_PATIENCE));
         while ((held = net_take(&n.service)) != NULL) {
             const char *name = crpc_context_identity(held);
@@ -315,13 +286,13 @@ static void a_body_is_not_read_before_the_verdict(void **state)
         fd = wire_connect(n.url);
         put_head(&w, "Pass", 1, "guess", 5, NULL, sizes[i]);
         assert_true(wire_flush(fd, &w)); /* the verdict comes without a byte of the body */
-        assert_int_equal(reply_code(fd, 1, NULL), CRPC_EAUTH);
+        assert_int_equal(net_reply_code(fd, 1, NULL), CRPC_EAUTH);
         is_closed(fd);
         fd = wire_connect(n.url);
         put_head(&w, "Pass", 2, NULL, 0, NULL, sizes[i]);
         assert_true(wire_flush(fd, &w));
         wire_send(fd, body, 1 << 20); /* or with part of it */
-        assert_int_equal(reply_code(fd, 2, NULL), CRPC_EAUTH);
+        assert_int_equal(net_reply_code(fd, 2, NULL), CRPC_EAUTH);
         is_closed(fd);
         crpc_server_stats_get(n.server, &after);
         assert_true(after.memory_peak - before.memory_peak < 400 << 10);
@@ -331,7 +302,7 @@ static void a_body_is_not_read_before_the_verdict(void **state)
         wire_varint(&w, (64 << 10) - 2);
         wire_put(&w, body, (64 << 10) - 2);
         assert_true(wire_flush(fd, &w));
-        assert_int_equal(reply_code(fd, 3, NULL), CRPC_OK);
+        assert_int_equal(net_reply_code(fd, 3, NULL), CRPC_OK);
         close(fd);
         free(body);
         guarded_close(&n, &d);
@@ -364,7 +335,7 @@ static void a_credential_of_a_megabyte_is_not_read(void **state)
         put_head(&w, "Add", 1, credential, 60 << 10, NULL, 2);
         wire_put(&w, "\x08\x05", 2);
         assert_true(wire_flush(fd, &w));
-        assert_int_equal(reply_code(fd, 1, NULL), CRPC_EAUTH);
+        assert_int_equal(net_reply_code(fd, 1, NULL), CRPC_EAUTH);
         is_closed(fd);
         assert_int_equal(door_asked(&d), 1);
         free(credential);
@@ -479,7 +450,7 @@ static void identities_do_not_share_request_ids(void **state)
             if (i < 3)
                 fds[i] = wire_connect(n.url);
             send_request(fds[i % 3], "Add", i, credentials[i % 3], "one id");
-            assert_int_equal(reply_code(fds[i % 3], i, NULL), CRPC_OK);
+            assert_int_equal(net_reply_code(fds[i % 3], i, NULL), CRPC_OK);
             assert_int_equal(net_calls(&n.service), i < 3 ? i + 1 : 3);
         }
         for (i = 0; i < 3; i++)
@@ -517,7 +488,7 @@ static void identities_do_not_wait_for_each_others_keys(void **state)
     }
 }
 
-/* --- what an authenticator may do, and what may happen while it runs --------------------------- */
+/* --- what an authenticator may do, and what may happen while it runs -------------------------- */
 
 static void count_peer(void *user, const crpc_peer *one)
 {
@@ -781,7 +752,7 @@ static void no_frame_is_served_while_its_peer_is_judged(void **state)
         held = net_take(&n.service); /* its reply must not set the connection going */
         assert_string_equal(crpc_context_identity(held), "A");
         assert_int_equal(crpc_context_finish(held, CRPC_OK), CRPC_OK);
-        assert_int_equal(reply_code(fd, 0, NULL), CRPC_OK);
+        assert_int_equal(net_reply_code(fd, 0, NULL), CRPC_OK);
         assert_int_equal(net_calls(&n.service), 1);
         door_let_go(&d);
         memset(seen, 0, sizeof seen);
@@ -852,10 +823,10 @@ static void a_synchronous_caller_runs_no_authenticator(void **state)
         assert_int_equal(crpc_context_finish(net_take(&service), CRPC_OK), CRPC_OK);
         net_check_add(ch, 2);
         net_check_add(ch, 3);
-        assert_int_equal(reply_code(fd, 1, NULL), CRPC_OK);
+        assert_int_equal(net_reply_code(fd, 1, NULL), CRPC_OK);
         assert_int_equal(door_asked(&d), 1);
         assert_true(CT_WAIT(step_until_reply(l, fd), NET_PATIENCE));
-        assert_int_equal(reply_code(fd, 2, NULL), CRPC_OK);
+        assert_int_equal(net_reply_code(fd, 2, NULL), CRPC_OK);
         assert_int_equal(door_asked(&d), 2);
         close(fd);
         crpc_channel_close(ch);
@@ -899,9 +870,10 @@ static void a_message_that_comes_in_pieces_is_judged_once(void **state)
             assert_true(wire_send(fd, w.p, first));
             assert_int_equal(ask(other, 2, NULL), CRPC_OK); /* by now the server has read it */
             assert_true(wire_send(fd, w.p + first, w.n - first));
-            assert_int_equal(reply_code(fd, 1, NULL), bodies[b] > 100000 ? CRPC_EREQUEST : CRPC_OK);
-            assert_int_equal(reply_code(fd, 2, NULL), CRPC_OK);
-            assert_int_equal(reply_code(fd, 3, NULL), CRPC_OK);
+            assert_int_equal(net_reply_code(fd, 1, NULL),
+                             bodies[b] > 100000 ? CRPC_EREQUEST : CRPC_OK);
+            assert_int_equal(net_reply_code(fd, 2, NULL), CRPC_OK);
+            assert_int_equal(net_reply_code(fd, 3, NULL), CRPC_OK);
             assert_int_equal(door_asked(&d), asked + 1);
             wire_free(&body);
             wire_free(&w);
@@ -920,7 +892,7 @@ static int64_t try_from(net *n, const char *host, const char *credential, char *
     int fd = wire_connect_from(n->url, host);
     int64_t code;
     send_request(fd, "Add", 1, credential, NULL);
-    code = reply_code(fd, 1, text);
+    code = net_reply_code(fd, 1, text);
     if (code)
         is_closed(fd);
     else
@@ -1013,7 +985,7 @@ static void failures_that_come_together_are_limited(void **state)
         }
         door_let_go(&d);
         for (i = 0; i < PEERS; i++) {
-            assert_int_equal(reply_code(fds[i], 1, NULL), CRPC_EAUTH);
+            assert_int_equal(net_reply_code(fds[i], 1, NULL), CRPC_EAUTH);
             is_closed(fds[i]);
         }
         assert_int_equal(door_asked(&d), 1 + 20);
@@ -1335,7 +1307,7 @@ static void a_refused_credential_is_asked_for_anew(void **state)
     }
 }
 
-/* Each part of a call is made once more, by its own provider. The function is asked once for all. */
+/* Each part of a call is made once more, by its own provider. The function is asked once. */
 static void parts_of_a_call_are_made_once_more(void **state)
 {
     static const char *const clusters[] = {"broadcast", "forking&forks=-1"};
