@@ -172,6 +172,129 @@ static void a_credential_in_the_first_frame_serves_for_the_connection(void **sta
     }
 }
 
+/* A request with the fields that brpc writes, in its order. */
+static void put_brpc(wire *w, int64_t id, const char *credential)
+{
+    wire meta = {NULL, 0, 0}, request = {NULL, 0, 0};
+    wire_str(&request, 1, "dyn.Echo");
+    wire_str(&request, 2, "Add");
+    wire_bytes(&meta, 1, request.p, request.n);
+    wire_int(&meta, 3, 0);
+    wire_int(&meta, 4, id);
+    if (credential)
+        wire_str(&meta, 7, credential);
+    wire_int(&meta, 10, 0);
+    wire_int(&meta, 11, 0);
+    wire_str(&meta, 12, "");
+    wire_frame(w, &meta, "\x08\x05", 2);
+    wire_free(&meta);
+    wire_free(&request);
+}
+
+/* And with those of jprotobuf, whose extension has the number of brpc's request_id. */
+static void put_jprotobuf(wire *w, int64_t id, const char *credential)
+{
+    wire meta = {NULL, 0, 0}, request = {NULL, 0, 0}, entry = {NULL, 0, 0};
+    wire_str(&request, 1, "dyn.Echo");
+    wire_str(&request, 2, "Add");
+    wire_int(&request, 3, 4711);
+    wire_str(&entry, 1, "key");
+    wire_str(&entry, 2, "value");
+    wire_bytes(&request, 7, entry.p, entry.n);
+    wire_bytes(&request, 110, "\1\2", 2);
+    wire_str(&request, 111, "trace");
+    wire_bytes(&meta, 1, request.p, request.n);
+    wire_int(&meta, 3, 0);
+    wire_int(&meta, 4, id);
+    wire_int(&meta, 5, 0);
+    wire_str(&meta, 7, credential);
+    wire_frame(w, &meta, "\x08\x05", 2);
+    wire_free(&meta);
+    wire_free(&request);
+    wire_free(&entry);
+}
+
+/* Several calls of a brpc client with an Authenticator: on one connection, where those behind the
+ * first wait only until that is written; and on pooled ones, of which each brings it once. */
+static void brpc_clients_are_authenticated_by_their_first_frame(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        bool seen[50];
+        wire w = {NULL, 0, 0};
+        wire_message r;
+        door d = DOOR_INIT;
+        net n;
+        int pool[3], fd, i;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, m);
+        fd = wire_connect(n.url);
+        for (i = 0; i < 50; i++)
+            put_brpc(&w, i, i ? NULL : "secret-single");
+        assert_true(wire_flush(fd, &w));
+        memset(seen, 0, sizeof seen);
+        for (i = 0; i < 50; i++) { /* workers answer in any order */
+            assert_int_equal(wire_receive(fd, &r), 1);
+            assert_int_equal(r.code, CRPC_OK);
+            assert_int_equal(r.n, 6);
+            assert_in_range(r.id, 0, 49);
+            assert_false(seen[r.id]);
+            seen[r.id] = true;
+            wire_done(&r);
+        }
+        assert_int_equal(door_asked(&d), 1);
+        for (i = 0; i < 50; i++)
+            assert_string_equal(d.seen[i], "single");
+        for (i = 0; i < 12; i++) {
+            if (i < 3)
+                pool[i] = wire_connect(n.url);
+            put_brpc(&w, i, i < 3 ? "secret-pooled" : NULL);
+            assert_true(wire_flush(pool[i % 3], &w));
+            assert_int_equal(net_reply_code(pool[i % 3], i, NULL), CRPC_OK);
+            assert_string_equal(d.seen[50 + i], "pooled");
+        }
+        assert_int_equal(door_asked(&d), 1 + 3);
+        for (i = 0; i < 3; i++)
+            close(pool[i]);
+        close(fd);
+        guarded_close(&n, &d);
+    }
+}
+
+static void jprotobuf_clients_are_authenticated_by_every_frame(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    int every;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m) for (every = 0; every < 2; every++)
+    {
+        wire w = {NULL, 0, 0};
+        door d = DOOR_INIT;
+        net n;
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        n.server_options.access.every_message = every;
+        guarded_open(&n, &d, p, m);
+        fd = wire_connect(n.url);
+        for (i = 1; i < 20; i++) {
+            put_jprotobuf(&w, i, "secret-java");
+            assert_true(wire_flush(fd, &w));
+            assert_int_equal(net_reply_code(fd, i, NULL), CRPC_OK);
+            assert_string_equal(d.seen[i - 1], "java");
+        }
+        assert_int_equal(door_asked(&d), 1);
+        put_jprotobuf(&w, 20, "guess");
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(net_reply_code(fd, 20, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        guarded_close(&n, &d);
+    }
+}
+
 static void a_peer_without_a_credential_is_not_served(void **state)
 {
     crpc_poller p;
@@ -1185,6 +1308,49 @@ static void channels_with_different_credentials_share_no_connection(void **state
     }
 }
 
+/* The call whose frame would have left first is cancelled before the connection is up: whichever
+ * frame leaves in its place has the credential. */
+static void a_withdrawn_first_frame_takes_no_credential_with_it(void **state)
+{
+    enum { CALLS = 8 };
+    crpc_poller p;
+    int gone;
+    (void)state;
+    NET_EACH_POLLER(p) for (gone = 1; gone < CALLS; gone++)
+    {
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        crpc_loop *l = net_loop(p);
+        crpc_channel_options o;
+        crpc_id ids[CALLS];
+        crpc_channel *ch;
+        door d = DOOR_INIT;
+        net n;
+        int i;
+        memset(&n, 0, sizeof n);
+        memset(&o, 0, sizeof o);
+        o.policy.timeout_ms = NET_PATIENCE;
+        o.security.credential = "secret-A";
+        guarded_open(&n, &d, p, NET_THREAD);
+        ch = net_channel(n.url, NULL, p, l, &o);
+        assert_int_equal(crpc_loop_step(l, 0), CRPC_OK); /* no thread, from here on */
+        for (i = 0; i < CALLS; i++)
+            assert_int_equal(dyn_Echo_Add_begin(ch, &in, &ids[i], NULL), CRPC_OK);
+        for (i = 0; i < gone; i++)
+            assert_int_equal(crpc_channel_cancel(ch, ids[i]), CRPC_OK);
+        for (i = gone; i < CALLS; i++) {
+            while (dyn_Echo_Add_fetch(ch, ids[i], &out, NULL) == CRPC_EPENDING)
+                assert_int_equal(crpc_loop_step(l, 10), CRPC_OK);
+            assert_int_equal(out.n, 2);
+            out.n = 0;
+        }
+        assert_int_equal(net_calls(&n.service), CALLS - gone);
+        assert_int_equal(door_asked(&d), 1);
+        crpc_channel_close(ch);
+        crpc_loop_close(l);
+        guarded_close(&n, &d);
+    }
+}
+
 typedef struct purse {
     pthread_mutex_t lock;
     bool slow; /* each asking takes a second of the channel's clock */
@@ -1450,6 +1616,8 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(a_credential_in_the_first_frame_serves_for_the_connection),
+        CT_TEST(brpc_clients_are_authenticated_by_their_first_frame),
+        CT_TEST(jprotobuf_clients_are_authenticated_by_every_frame),
         CT_TEST(a_peer_without_a_credential_is_not_served),
         CT_TEST(frames_behind_a_refused_one_are_not_served),
         CT_TEST(each_request_keeps_the_identity_with_which_it_came),
@@ -1475,6 +1643,7 @@ int main(void)
         CT_TEST(a_wrong_credential_says_so_each_time),
         CT_TEST(a_verdict_is_heard_while_the_body_is_being_sent),
         CT_TEST(channels_with_different_credentials_share_no_connection),
+        CT_TEST(a_withdrawn_first_frame_takes_no_credential_with_it),
         CT_TEST(a_refused_credential_is_asked_for_anew),
         CT_TEST(parts_of_a_call_are_made_once_more),
         CT_TEST(a_credential_that_stays_wrong_ends_in_eauth),
