@@ -601,10 +601,11 @@
  * to the connection, as in brpc: whoever can write to the connection acts under its identity. A
  * proxy must therefore not mix clients on one, unless every_message is set and each request brings
  * its own. The meta of a message, then at most 64 KiB, is read before the verdict; the body is not.
- * What a peer has sent behind a refused message is lost: it sees the connection end. A connection
- * without an accepted request is closed after first_request_ms. Request ids and ordering keys of an
- * identity never meet those of another; all peers without an identity share theirs. On a plain TCP
- * connection others can read a credential on its way.
+ * While the program judges a message, nothing more of its connection is read. What a peer has sent
+ * behind a refused message is lost: it sees the connection end. A connection without an accepted
+ * request is closed after first_request_ms. Request ids and ordering keys of an identity never meet
+ * those of another; all peers without an identity share theirs. On a plain TCP connection others
+ * can read a credential on its way.
  *
  * Of the log lines that peers can cause, each loop logs one a second of each kind, which says how
  * many were left out before it. The default log never waits for stderr: lines that it cannot take

@@ -744,7 +744,9 @@ static void an_authenticator_may_close_its_server(void **state)
         assert_int_equal(ask(fd, 1, how % 2 ? "guess" : "secret-A"),
                          how % 2 ? CRPC_EAUTH : CRPC_ELOGOFF);
         is_closed(fd);
-        assert_true(CT_WAIT(ct_alloc_of_test()->live_blocks == 0, NET_PATIENCE));
+        assert_true(CT_WAIT(
+            __atomic_load_n(&ct_alloc_of_test()->live_blocks, __ATOMIC_ACQUIRE) == 0,
+            NET_PATIENCE));
         pthread_mutex_destroy(&d.lock);
     }
 }
@@ -1060,7 +1062,7 @@ static void failures_of_a_host_are_limited(void **state)
             assert_string_equal(text,
                                 "too many credentials of this host were refused (max_failures)");
         }
-        assert_int_equal(ask(fd, 2, NULL), CRPC_OK); /* who was accepted stays so */
+        assert_int_equal(ask(fd, 2, NULL), CRPC_OK); /* an accepted peer stays so */
         assert_int_equal(ask(fd, 3, "secret-A"), CRPC_OK);
         assert_int_equal(door_asked(&d), 7);
         assert_int_equal(try_from(&n, "127.0.0.1", "secret-B", NULL), CRPC_OK);
