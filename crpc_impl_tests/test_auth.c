@@ -402,7 +402,7 @@ static void a_body_is_not_read_before_the_verdict(void **state)
         net n;
         wire w = {NULL, 0, 0};
         char *body = net_bytes(1 << 20);
-        int fd;
+        int fd, friend;
         memset(&n, 0, sizeof n);
         guarded_open(&n, &d, p, NET_THREAD);
         crpc_server_stats_get(n.server, &before);
@@ -419,6 +419,16 @@ static void a_body_is_not_read_before_the_verdict(void **state)
         is_closed(fd);
         crpc_server_stats_get(n.server, &after);
         assert_true(after.memory_peak - before.memory_peak < 400 << 10);
+        friend = wire_connect(n.url);
+        fd = wire_connect(n.url);
+        put_head(&w, "Pass", 2, "guess", 5, NULL, sizes[i]);
+        assert_true(wire_send(fd, w.p, 20)); /* nor if the head comes in two pieces */
+        assert_int_equal(ask(friend, 1, "secret-x"), CRPC_OK); /* by now the first was read */
+        assert_true(wire_send(fd, w.p + 20, w.n - 20));
+        wire_free(&w);
+        assert_int_equal(net_reply_code(fd, 2, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        close(friend);
         fd = wire_connect(n.url);
         put_head(&w, "Add", 3, "secret-x", 8, NULL, 5 + (64 << 10)); /* and from a friend it is */
         wire_put(&w, "\x08\x05\x9a\x06", 4); /* an unknown field */
