@@ -353,6 +353,7 @@
  *     allow                   text
  *     peers                   text
  *     every_message           0           0           1
+ *     max_failures            20          0           1 and more
  *     max_body                64 MiB      2 GiB - 1   1 to 2 GiB - 1
  *     max_queued              4 MiB       0           1 and more
  *     max_skip                256 MiB     0           1 and more
@@ -572,6 +573,7 @@
  *     worker_queue           1024        CRPC_ELIMIT
  *     max_concurrency        8192        CRPC_ELIMIT; for each I/O thread
  *     method_limits, rate_per_client  none CRPC_ELIMIT
+ *     max_failures           20          CRPC_EAUTH without asking access.authenticate
  *     replay_entries         none        CRPC_ELIMIT for requests with an id
  *     replay_bytes           4 MiB       a repeated request gets CRPC_EINTERNAL
  *     max_results            1024        CRPC_ELIMIT
@@ -591,16 +593,19 @@
  * Not promised: attackers with as many addresses as max_connections can still shut others out, so
  * admit only known networks (access.allow). Large bodies and replies of all peers come out of one
  * max_bytes: while some peers fill it, requests of others get CRPC_ELIMIT or lose their connection.
- * A function in access.authenticate that takes long holds up all connections of its loop.
+ * A function in access.authenticate that takes long holds up all connections of its loop. A host
+ * that fails to authenticate too often (max_failures) shuts itself out, and with it the peers that
+ * share its address, for as long as it goes on.
  *
  * A server with access.authenticate serves only peers that it has accepted. The credential belongs
  * to the connection, as in brpc: whoever can write to the connection acts under its identity. A
  * proxy must therefore not mix clients on one, unless every_message is set and each request brings
  * its own. The meta of a message, then at most 64 KiB, is read before the verdict; the body is not.
- * What a peer has sent behind a refused message is lost: it sees the connection end. A connection
- * without an accepted request is closed after first_request_ms. Request ids and ordering keys of an
- * identity never meet those of another; all peers without an identity share theirs. On a plain TCP
- * connection others can read a credential on its way.
+ * While the program judges a message, nothing more of its connection is read. What a peer has sent
+ * behind a refused message is lost: it sees the connection end. A connection without an accepted
+ * request is closed after first_request_ms. Request ids and ordering keys of an identity never meet
+ * those of another; all peers without an identity share theirs. On a plain TCP connection others
+ * can read a credential on its way.
  *
  * Of the log lines that peers can cause, each loop logs one a second of each kind, which says how
  * many were left out before it. The default log never waits for stderr: lines that it cannot take
@@ -656,9 +661,9 @@
  * What is new: wait=1, unix://@name, CRPC_ENABLE_POLICY, CRPC_ENABLE_TEXTS, CRPC_DEBUG,
  * crpc_channel_options_parse and crpc_server_options_parse. For servers that meet strangers
  * (LIMITS AND TRUST): access.allow, access.peers, access.authenticate, crpc_context_identity,
- * crpc_secret_equal, security.credential_fn; first_request_ms, write_timeout_ms,
- * max_connection_age_ms; shares of max_connections, max_concurrency, worker_queue and
- * replay_entries, crpc_server_peers_walk. For stops without losses: the farewell between crpc
+ * access.max_failures, crpc_secret_equal, security.credential_fn; first_request_ms,
+ * write_timeout_ms, max_connection_age_ms; shares of max_connections, max_concurrency, worker_queue
+ * and replay_entries, crpc_server_peers_walk. For stops without losses: the farewell between crpc
  * peers, quiet_ms, crpc_context_cancelled, crpc_context_on_cancel.
  *
  * HACKING
@@ -1100,6 +1105,8 @@ typedef struct crpc_loop_stats {
     uint64_t limited;      /* requests refused with CRPC_ELIMIT before they were served */
     uint64_t refused;      /* connections that a server refused: access.allow, max_connections */
     uint64_t evicted;      /* connections of a server closed in favour of other hosts */
+    uint64_t auth_failed;  /* messages refused with CRPC_EAUTH by access.authenticate */
+    uint64_t auth_barred;  /* messages refused so without asking it: access.max_failures */
     uint64_t lost_lines;   /* log lines dropped because stderr was full */
     uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms,
                               write_timeout_ms, first_request_ms and max_connection_age_ms */
@@ -1320,10 +1327,10 @@ typedef struct crpc_identity {
 } crpc_identity;
 
 /* Judges a peer by its credential, which is unset if the message has none; `peer` is as
- * crpc_context_peer gives it. CRPC_OK: the peer is `identity`. Any other result refuses it. Runs on
- * the I/O thread of the connection with its loop locked: it must not block, and the only functions
- * of crpc that it may call are those for views and crpc_secret_equal. The threads of several
- * connections may run it at once. */
+ * crpc_context_peer gives it. CRPC_OK: the peer is `identity`. Any other result refuses it. It is a
+ * callback of the connection's loop like any other: it runs on the I/O thread, with `workers` too,
+ * and holds up the other connections of the loop as long as it takes. The I/O threads may run it at
+ * once. Credential, peer and identity are valid until it returns. */
 typedef int (*crpc_authenticate_fn)(void *user, const char *peer, crpc_view credential,
                                     crpc_identity *identity);
 
@@ -1343,6 +1350,11 @@ typedef struct crpc_access_options {
     int every_message; /* 1: a message without credential is judged as such. 0: it counts as sent by
                           the connection's identity, as brpc's clients expect, which send their
                           credential only once. -1: as 0 */
+    /* Refused credentials, absent ones included, that a host may have at once, times its weight in
+     * `peers`; each second one more. Over that its messages get CRPC_EAUTH without asking
+     * `authenticate`, good credentials too, but for connections that it has accepted. 0: 20. -1: no
+     * limit. Without CRPC_ENABLE_POLICY: no limit */
+    int max_failures;
 } crpc_access_options;
 
 /* ======================================================================== */
@@ -5971,6 +5983,7 @@ typedef enum crpci_loop_mode {
 typedef enum crpci_loop_line_kind {
     CRPCI_LOOP_LINE_BAD,    /* a peer broke its protocol */
     CRPCI_LOOP_LINE_ACCEPT, /* accept failed */
+    CRPCI_LOOP_LINE_AUTH,   /* a host fails to authenticate too often */
     CRPCI_LOOP_LINE_KINDS
 } crpci_loop_line_kind;
 
@@ -7338,8 +7351,8 @@ CRPCI_COLD void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_s
     b->at_us = INT64_MIN / 2;
 }
 
-/* Takes a token; false: there is none. */
-CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
+/* Whether there is a token to be taken. */
+CRPCI_FN bool crpci_limiter_bucket_has(crpci_limiter_bucket *b, int64_t now_us)
 {
     int64_t passed = now_us - b->at_us;
     if (!b->per_second)
@@ -7349,9 +7362,16 @@ CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
         b->debt = b->debt > 0 ? b->debt : 0;
         b->at_us = now_us;
     }
-    if (b->debt + CRPCI_LIMITER_TOKEN > b->most)
+    return b->debt + CRPCI_LIMITER_TOKEN <= b->most;
+}
+
+/* Takes a token; false: there is none. */
+CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
+{
+    if (!crpci_limiter_bucket_has(b, now_us))
         return false;
-    b->debt += CRPCI_LIMITER_TOKEN;
+    if (b->per_second)
+        b->debt += CRPCI_LIMITER_TOKEN;
     return true;
 }
 
@@ -8550,7 +8570,8 @@ typedef struct crpci_protocol {
     /* Takes one message, or part of one, from the front of the input in `chunk`, and passes it to
      * crpci_receive_deliver. Returns the number of bytes used. When it needs more, it sets
      * c->rx_total to more than n and returns 0: the connection calls again with that many bytes,
-     * and feed then uses all of them or asks for more. Locked; it may close the connection. */
+     * and feed then uses all of them or asks for more. It also returns 0 while the verdict on the
+     * message is awaited. Locked; it may close the connection. */
     size_t (*feed)(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n);
     /* The functions below are pure and run on any thread. `names` encodes service and method into
      * `out`, once per method; `room` is CRPCI_PROTOCOL_NAMES more than both texts take. Returns
@@ -8566,6 +8587,16 @@ typedef struct crpci_protocol {
      * front of it, and returns where the frame begins now. NULL: the protocol has no farewell. */
     uint8_t *(*mark)(uint8_t *frame, const char *key);
 } crpci_protocol;
+
+/* What the owner of an accepted connection says about the message at the front of its input. From
+ * ASKED on the connection keeps the message, and the protocol reads it again. */
+typedef enum crpci_conn_verdict {
+    CRPCI_CONN_UNASKED,
+    CRPCI_CONN_ASKED, /* the owner asks the program; the connection is paused meanwhile */
+    CRPCI_CONN_PASSED,
+    CRPCI_CONN_FAILED,
+    CRPCI_CONN_BARRED /* failed, and the program was not asked */
+} crpci_conn_verdict;
 
 /* How far the end of a connection has come, once a server stops. */
 typedef enum crpci_conn_parting {
@@ -8606,7 +8637,7 @@ struct crpci_conn {
     void *account; /* a server's account of the peer's host; NULL: none */
     crpci_chunk *identity; /* a server's: who the peer is; NULL: not authenticated */
     /* Asked about each message when its head has come, perhaps again with its body. False: the
-     * owner has refused it. NULL: all pass. */
+     * owner has refused it, or `verdict` is ASKED. NULL: all pass. */
     bool (*screen)(struct crpci_conn *c, const crpci_message *m);
     crpci_list cancels; /* crpci_task: what is to run when the peer is gone */
     const char *mark; /* field that the first frame to leave will bring; NULL: none, or sent */
@@ -8624,6 +8655,7 @@ struct crpci_conn {
     bool shut;    /* further input is dropped */
     bool unread; /* input is waiting: it could not be read while another thread wrote */
     uint8_t parting;        /* crpci_conn_parting */
+    uint8_t verdict;        /* crpci_conn_verdict */
     uint8_t protocol_index; /* of `protocol` in `protocols` */
     int64_t quiet_us; /* while it LEAVES: when it was last seen at work. SHUT: since then */
     uint64_t quiet_rx; /* bytes of a partial message at that time */
@@ -8873,7 +8905,7 @@ CRPCI_FN void crpci_conn_read_on(crpci_conn *c)
 /* Whether there is input that the poller will not report: already read, or inside the transport. */
 CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
 {
-    if (c->left || c->unread)
+    if (c->left || c->unread || c->verdict)
         return true;
     return !crpci_conn_is_plain(c) && c->io->pending && !crpci_conn_engaged(c) &&
            c->io->pending(c->io_state);
@@ -9299,7 +9331,7 @@ CRPCI_COLD bool crpci_receive_place(crpci_conn *c, crpci_message *m)
 {
     crpci_conn_order *q = c->order;
     if (m->kind == CRPCI_MESSAGE_REQUEST) {
-        m->turn = q->turns++;
+        m->turn = c->verdict ? q->turns - 1 : q->turns++; /* one that is read again has its turn */
     } else if (q->count) {
         m->id = q->awaited[q->first];
         q->first = (q->first + 1) % q->size;
@@ -9318,33 +9350,45 @@ CRPCI_FN crpci_message_kind crpci_receive_kind(const crpci_conn *c)
 }
 
 /* For protocols: whether a message of which perhaps only the head has come may go on. False: it was
- * refused, and further input is dropped. */
+ * refused, and further input is dropped, or it waits for a verdict (crpci_receive_waits). */
 CRPCI_FN bool crpci_receive_passes(crpci_conn *c, const crpci_message *m)
 {
     return CRPCI_LIKELY(!c->screen) || c->screen(c, m);
 }
 
-/* For protocols: passes a complete message to the connection's owner. May close the connection. */
-CRPCI_FN void crpci_receive_deliver(crpci_conn *c, crpci_message *m)
+/* For protocols: whether the message that did not pass is to be kept, and read again later. */
+CRPCI_FN bool crpci_receive_waits(const crpci_conn *c)
+{
+    return c->verdict == CRPCI_CONN_ASKED;
+}
+
+/* For protocols: passes a complete message to the connection's owner. May close the connection.
+ * False: the message waits for a verdict. */
+CRPCI_FN bool crpci_receive_deliver(crpci_conn *c, crpci_message *m)
 {
     c->active_us = c->arrived_us;
-    if ((!crpci_conn_ordered(c) || crpci_receive_place(c, m)) && crpci_receive_passes(c, m))
-        c->up->message(c, m);
+    if (crpci_conn_ordered(c) && !crpci_receive_place(c, m))
+        return true;
+    if (!crpci_receive_passes(c, m))
+        return !crpci_receive_waits(c);
+    c->up->message(c, m);
+    return true;
 }
 
 /* For protocols: reports a message whose body of `size` bytes is over max_body, and skips the next
  * `skip` bytes of input. The connection stays usable, so that the peer gets an error in place of a
- * reset. */
-CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t size,
+ * reset. False: the message waits for a verdict. */
+CRPCI_COLD bool crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t size,
                                        uint64_t skip)
 {
     c->active_us = c->arrived_us;
     if ((crpci_conn_ordered(c) && !crpci_receive_place(c, m)) || !crpci_receive_passes(c, m))
-        return;
+        return !crpci_receive_waits(c);
     c->skip = skip;
     if (skip)
         crpci_receive_begun(c);
     c->up->oversize(c, m, size);
+    return true;
 }
 
 /* Fixes the connection's protocol. False: out of memory, and the connection was closed. */
@@ -9416,7 +9460,8 @@ CRPCI_FN bool crpci_receive_reserve(crpci_conn *c, const uint8_t *p, size_t have
     return true;
 }
 
-/* c->rx holds the bytes that were asked for: parses them, and grows if the protocol needs more. */
+/* c->rx holds the bytes that were asked for: parses them, and grows if the protocol needs more. A
+ * message that waits for a verdict stays there, with rx_len equal to rx_need. */
 CRPCI_FN void crpci_receive_full(crpci_conn *c)
 {
     crpci_chunk *chunk = c->rx;
@@ -9434,7 +9479,7 @@ CRPCI_FN void crpci_receive_full(crpci_conn *c)
 }
 
 /* Takes one piece of input: a whole message in place, or bytes that begin or continue c->rx.
- * Returns the number of bytes used. */
+ * Returns the number of bytes used. 0: the first message waits for a verdict. */
 CRPCI_FN size_t crpci_receive_feed_one(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p,
                                        size_t n)
 {
@@ -9453,7 +9498,8 @@ CRPCI_FN size_t crpci_receive_feed_one(crpci_conn *c, crpci_chunk *chunk, const 
         return n;
     }
     used = crpci_receive_parse(c, chunk, p, n);
-    if (CRPCI_LIKELY(used) || c->closed || !crpci_receive_reserve(c, p, n))
+    if (CRPCI_LIKELY(used) || c->closed || crpci_receive_waits(c) ||
+        !crpci_receive_reserve(c, p, n))
         return used;
     crpci_receive_begun(c);
     return n;
@@ -9481,18 +9527,28 @@ CRPCI_FN void crpci_receive_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     }
 }
 
-/* Continues with input that was over the budget. False if some of it is still left. */
-CRPCI_FN bool crpci_receive_catch_up(crpci_conn *c)
+/* Continues with input that was over the budget, or waited for a verdict. False if some of it is
+ * still left. */
+CRPCI_COLD bool crpci_receive_left(crpci_conn *c)
 {
-    crpci_chunk *chunk = c->left;
-    if (!chunk)
-        return true;
+    crpci_chunk *chunk;
     if (c->paused)
         return false;
+    if (c->verdict && c->rx)
+        crpci_receive_full(c);
+    chunk = c->left;
+    if (!chunk)
+        return true;
     c->left = NULL;
     crpci_receive_feed(c, chunk, c->left_at, c->left_len);
     crpci_heap_chunk_unref(chunk);
     return !c->left;
+}
+
+/* The same, if there is any. */
+CRPCI_FN bool crpci_receive_catch_up(crpci_conn *c)
+{
+    return CRPCI_LIKELY(!c->left && !c->verdict) || crpci_receive_left(c);
 }
 
 /* Provides the loop's receive buffer, one for all connections, because only the driver reads.
@@ -9831,8 +9887,9 @@ CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n
     }
     if (!crpci_baidu_head(c, p, n, size, &m))
         return 0;
-    crpci_receive_oversize(c, &m, body, (uint64_t)body - size);
-    return (size_t)CRPCI_FRAME_HEADER + size;
+    return crpci_receive_oversize(c, &m, body, (uint64_t)body - size)
+               ? (size_t)CRPCI_FRAME_HEADER + size
+               : 0;
 }
 
 /* A part of a frame: asks for the rest. Where messages are screened, it first asks for the meta
@@ -9845,7 +9902,7 @@ CRPCI_FN size_t crpci_baidu_part(crpci_conn *c, const uint8_t *p, size_t n, uint
         if (!crpci_baidu_head(c, p, n, size, &m))
             return 0;
         if (!crpci_receive_passes(c, &m))
-            return n;
+            return crpci_receive_waits(c) ? 0 : n;
     }
     c->rx_total = (size_t)CRPCI_FRAME_HEADER + body;
     return 0;
@@ -9894,8 +9951,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     m.attachment_size = 0;
     if (CRPCI_UNLIKELY(!m.usual))
         crpci_baidu_full(&meta, &m, body - size, text, sizeof text);
-    crpci_receive_deliver(c, &m);
-    return (size_t)CRPCI_FRAME_HEADER + body;
+    return crpci_receive_deliver(c, &m) ? (size_t)CRPCI_FRAME_HEADER + body : 0;
 }
 
 /* Writes the head of a request, see crpci_protocol.request. */
@@ -19441,19 +19497,20 @@ CRPCI_COLD bool crpci_attempt_reauthenticate(crpci_pending_call *c)
     crpc_channel *ch = c->channel;
     crpci_request_source *s = &ch->requests;
     const crpci_request *r = &c->attempt.request;
+    crpci_pending_call *waits = c->parent ? c->parent : c;
     crpc_view sent = crpc_view_of((const uint8_t *)(crpci_request_frame(r) + 1) + r->fields_size,
                                   r->credential_size);
     bool may = crpci_request_may_ask(s);
-    if (!r->asked || c->refused || c->kind >= CRPCI_CALL_PART || c->group || ch->closed ||
+    if (!r->asked || c->refused || ch->closed ||
         (!may && !s->ask.asking && crpc_secret_equal(sent, crpci_request_latest(s))))
         return false;
     c->refused = true;
     crpci_attempt_end(c, CRPCI_OUTCOME_IGNORE);
     c->attempt.state = CRPCI_ATTEMPT_WAITING;
     crpci_list_append(&ch->refused, &c->attempt.link);
-    c->asks = may && c->kind == CRPCI_CALL_SYNC;
-    if (c->asks) {
-        crpci_drive_end_wait(ch->loop, c->waiter);
+    if (may && waits->kind == CRPCI_CALL_SYNC) {
+        waits->asks = true;
+        crpci_drive_end_wait(ch->loop, waits->waiter);
     } else if (may) {
         crpci_loop_ready(ch->loop, &ch->ask);
     } else if (!s->ask.asking) { /* another thread has asked meanwhile */
@@ -19474,7 +19531,8 @@ CRPCI_COLD void crpci_attempt_on_ask(crpc_loop *l, crpci_task *task)
     crpci_attempt_drop_channel(ch);
 }
 
-/* The program was asked for a credential: the calls that wait for one are made once more. */
+/* The program was asked for a credential: the calls that wait for one are made once more, parts of
+ * a call by the same provider. */
 CRPCI_COLD void crpci_attempt_on_answered(crpc_loop *l, crpci_task *task)
 {
     crpc_channel *ch = CRPCI_CONTAINER(task, crpc_channel, requests.ask.answered);
@@ -19488,7 +19546,8 @@ CRPCI_COLD void crpci_attempt_on_answered(crpc_loop *l, crpci_task *task)
         crpci_list_remove(&a->link);
         a->state = CRPCI_ATTEMPT_IDLE;
         if (crpci_request_replace(&a->request, c->block, crpci_request_latest(&ch->requests)))
-            m = crpci_attempt_next(c, CRPC_EAUTH, false);
+            m = c->parent ? crpci_providers_of(&ch->providers, a->endpoint)
+                          : crpci_attempt_next(c, CRPC_EAUTH, false);
         if (m)
             crpci_attempt_start(c, m);
         else
@@ -20257,8 +20316,8 @@ CRPCI_FN void crpci_channel_run(crpc_loop *l, crpci_pending_call *c)
     c->waiter = &w;
     crpci_channel_launch(l, c);
     crpci_drive_wait(l, &w, c->attempt.deadline_us, false);
-    if (CRPCI_UNLIKELY(c->asks))
-        crpci_channel_ask(l, c, &w);
+    while (CRPCI_UNLIKELY(c->asks) && c->attempt.state != CRPCI_ATTEMPT_DONE)
+        crpci_channel_ask(l, c, &w); /* for a part of the call perhaps later, once more */
     c->waiter = NULL;
     if (c->attempt.state != CRPCI_ATTEMPT_DONE) {
         crpci_attempt_expire(c);
@@ -21773,13 +21832,13 @@ CRPCI_COLD crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol,
 /* ======================================================================== */
 
 /* A server shares what it has among accounts: all connections of one host are one account. An
- * account exists while it holds something. What has to outlive it, the debt of its token bucket,
- * goes into a sketch of fixed size, so that no number of other hosts can push it out. The caller
+ * account exists while it holds something. What has to outlive it, the debts of its token buckets,
+ * goes into sketches of fixed size, so that no number of other hosts can push it out. The caller
  * locks a table; networks are pure. */
 
 #define CRPCI_PEER_BUCKETS   64u
-#define CRPCI_PEER_SKETCH    4096u /* cells in each of the sketch's two rows */
-#define CRPCI_PEER_UNIT_US   15625 /* of the sketch's times: 1/64 s, which wraps after two years */
+#define CRPCI_PEER_SKETCH    4096u /* cells in each of a sketch's two rows */
+#define CRPCI_PEER_UNIT_US   15625 /* of a sketch's times: 1/64 s, which wraps after two years */
 #define CRPCI_PEER_COMPARE_US 10000 /* between two comparisons of all accounts: least */
 
 /* Makes the key of a peer's account: the address without what one host can choose. A host with
@@ -21924,12 +21983,19 @@ typedef enum crpci_peer_resource {
     CRPCI_PEER_RESOURCES
 } crpci_peer_resource;
 
+/* What an account may do only so often. */
+typedef enum crpci_peer_rate {
+    CRPCI_PEER_REQUESTS, /* rate_per_client */
+    CRPCI_PEER_FAILURES, /* max_failures, by the account's weight */
+    CRPCI_PEER_RATES
+} crpci_peer_rate;
+
 typedef struct crpci_peer_account {
     crpci_list link; /* in its bucket */
     crpci_sock_name key;
     uint32_t weight;
     uint32_t held[CRPCI_PEER_RESOURCES];
-    crpci_limiter_bucket bucket; /* of rate_per_client */
+    crpci_limiter_bucket rates[CRPCI_PEER_RATES];
     crpci_worker_flow flow;      /* under the lock of the worker pool */
 } crpci_peer_account;
 
@@ -21946,35 +22012,47 @@ typedef struct crpci_peer_table {
     crpci_list buckets[CRPCI_PEER_BUCKETS];
     uint64_t secret[2]; /* a peer cannot choose addresses that fall into one bucket or cell */
     crpci_peer_networks weights;
-    int64_t rate, burst; /* of each account's token bucket; rate 0: none */
-    /* With a rate: when the debts of departed accounts are paid, in CRPCI_PEER_UNIT_US. An account
-     * has a cell in each row, and the lower one counts: both are wrong only if others share both.
-     * */
-    uint32_t *sketch;
+    struct {
+        int64_t per_second, burst; /* of each account's token bucket */
+        /* When the debts of departed accounts are paid, in CRPCI_PEER_UNIT_US. An account has a
+         * cell in each row, and the lower one counts: both are wrong only if others share both.
+         * NULL: there is no such limit. */
+        uint32_t *sketch;
+    } rates[CRPCI_PEER_RATES];
 } crpci_peer_table;
 
 /* `t` is all zero, but for its weights. */
-CRPCI_COLD int crpci_peer_open(crpci_peer_table *t, crpci_heap *h, const uint64_t secret[2],
-                               int64_t rate, int64_t burst)
+CRPCI_COLD void crpci_peer_open(crpci_peer_table *t, crpci_heap *h, const uint64_t secret[2])
 {
     size_t i;
     t->heap = h;
     t->secret[0] = secret[0];
     t->secret[1] = secret[1];
-    t->rate = rate;
-    t->burst = burst;
     for (i = 0; i < CRPCI_PEER_BUCKETS; i++)
         crpci_list_init(&t->buckets[i]);
-    if (rate > 0)
-        t->sketch = (uint32_t *)crpci_heap_alloc(h, 2 * CRPCI_PEER_SKETCH * sizeof *t->sketch);
-    return rate > 0 && !t->sketch ? CRPC_ENOMEM : CRPC_OK;
+}
+
+/* Limits a rate, before there is an account; per_second 0: it stays without a limit. */
+CRPCI_COLD int crpci_peer_limit(crpci_peer_table *t, crpci_peer_rate what, int64_t per_second,
+                                int64_t burst)
+{
+    if (per_second < 1)
+        return CRPC_OK;
+    t->rates[what].per_second = per_second;
+    t->rates[what].burst = burst;
+    t->rates[what].sketch =
+        (uint32_t *)crpci_heap_alloc(t->heap, 2 * CRPCI_PEER_SKETCH * sizeof(uint32_t));
+    return t->rates[what].sketch ? CRPC_OK : CRPC_ENOMEM;
 }
 
 /* All connections have ended, and all accounts with them. */
 CRPCI_COLD void crpci_peer_close(crpci_peer_table *t, crpci_heap *h)
 {
-    crpci_heap_free(h, t->sketch, 2 * CRPCI_PEER_SKETCH * sizeof *t->sketch);
-    t->sketch = NULL;
+    size_t i;
+    for (i = 0; i < CRPCI_PEER_RATES; i++) {
+        crpci_heap_free(h, t->rates[i].sketch, 2 * CRPCI_PEER_SKETCH * sizeof(uint32_t));
+        t->rates[i].sketch = NULL;
+    }
     crpci_peer_free_networks(&t->weights, h);
 }
 
@@ -21987,19 +22065,19 @@ CRPCI_FN uint64_t crpci_peer_hash(const crpci_peer_table *t, const crpci_sock_na
     return crpci_base_siphash(t->secret, bytes, sizeof bytes);
 }
 
-CRPCI_FN uint32_t *crpci_peer_cell(const crpci_peer_table *t, uint64_t hash, unsigned row)
+CRPCI_FN uint32_t *crpci_peer_cell(uint32_t *sketch, uint64_t hash, unsigned row)
 {
-    return &t->sketch[row * CRPCI_PEER_SKETCH + (hash >> row * 32) % CRPCI_PEER_SKETCH];
+    return &sketch[row * CRPCI_PEER_SKETCH + (hash >> row * 32) % CRPCI_PEER_SKETCH];
 }
 
 /* Gives a new account the debt with which its host left. A time in a cell that is further away than
  * any debt lasts is an old one, from before the counter wrapped. */
-CRPCI_FN void crpci_peer_restore_debt(const crpci_peer_table *t, crpci_limiter_bucket *b,
-                                      uint64_t hash, int64_t now_us)
+CRPCI_FN void crpci_peer_restore_debt(uint32_t *sketch, crpci_limiter_bucket *b, uint64_t hash,
+                                      int64_t now_us)
 {
     uint32_t now = (uint32_t)(now_us / CRPCI_PEER_UNIT_US);
-    uint32_t first = *crpci_peer_cell(t, hash, 0) - now;
-    uint32_t second = *crpci_peer_cell(t, hash, 1) - now;
+    uint32_t first = *crpci_peer_cell(sketch, hash, 0) - now;
+    uint32_t second = *crpci_peer_cell(sketch, hash, 1) - now;
     int64_t left = (int64_t)(first < second ? first : second) * CRPCI_PEER_UNIT_US;
     if (first > INT32_MAX || second > INT32_MAX || left > b->clear_us + 2 * CRPCI_PEER_UNIT_US)
         return;
@@ -22008,8 +22086,8 @@ CRPCI_FN void crpci_peer_restore_debt(const crpci_peer_table *t, crpci_limiter_b
 }
 
 /* Keeps the debt of an account that ends, rounded up, unless a cell holds a longer one. */
-CRPCI_FN void crpci_peer_keep_debt(crpci_peer_table *t, const crpci_limiter_bucket *b,
-                                   uint64_t hash, int64_t now_us)
+CRPCI_FN void crpci_peer_keep_debt(uint32_t *sketch, const crpci_limiter_bucket *b, uint64_t hash,
+                                   int64_t now_us)
 {
     int64_t left = b->debt / b->per_second - (now_us - b->at_us);
     uint32_t now = (uint32_t)(now_us / CRPCI_PEER_UNIT_US), until;
@@ -22018,9 +22096,23 @@ CRPCI_FN void crpci_peer_keep_debt(crpci_peer_table *t, const crpci_limiter_buck
         return;
     until = now + (uint32_t)crpci_base_min64(left / CRPCI_PEER_UNIT_US + 1, INT32_MAX);
     for (row = 0; row < 2; row++) {
-        uint32_t *cell = crpci_peer_cell(t, hash, row);
+        uint32_t *cell = crpci_peer_cell(sketch, hash, row);
         if (*cell - now > INT32_MAX || *cell - now < until - now)
             *cell = until;
+    }
+}
+
+/* Gives a new account its token buckets. */
+CRPCI_FN void crpci_peer_fill(const crpci_peer_table *t, crpci_peer_account *a, uint64_t hash,
+                              int64_t now_us)
+{
+    size_t i;
+    for (i = 0; i < CRPCI_PEER_RATES; i++) {
+        int64_t by = i == CRPCI_PEER_FAILURES ? (int64_t)a->weight : 1;
+        crpci_limiter_bucket_init(&a->rates[i], t->rates[i].per_second * by,
+                                  t->rates[i].burst * by);
+        if (t->rates[i].sketch)
+            crpci_peer_restore_debt(t->rates[i].sketch, &a->rates[i], hash, now_us);
     }
 }
 
@@ -22047,10 +22139,8 @@ CRPCI_FN crpci_peer_account *crpci_peer_connect(crpci_peer_table *t, const crpci
     a->key = key;
     a->weight = network ? network->weight : 1;
     a->held[CRPCI_PEER_CONNECTIONS] = 1;
-    crpci_limiter_bucket_init(&a->bucket, t->rate, t->burst);
+    crpci_peer_fill(t, a, hash, now_us);
     crpci_worker_flow_init(&a->flow);
-    if (t->sketch)
-        crpci_peer_restore_debt(t, &a->bucket, hash, now_us);
     crpci_list_append(bucket, &a->link);
     t->count++;
     return a;
@@ -22071,8 +22161,11 @@ CRPCI_FN void crpci_peer_release(crpci_peer_table *t, crpci_peer_account *a,
         at[0] = at[0] == a ? NULL : at[0];
         at[1] = at[1] == a ? NULL : at[1];
     }
-    if (t->sketch)
-        crpci_peer_keep_debt(t, &a->bucket, crpci_peer_hash(t, &a->key), now_us);
+    for (i = 0; i < CRPCI_PEER_RATES; i++) {
+        if (t->rates[i].sketch)
+            crpci_peer_keep_debt(t->rates[i].sketch, &a->rates[i], crpci_peer_hash(t, &a->key),
+                                 now_us);
+    }
     crpci_list_remove(&a->link);
     t->count--;
     crpci_heap_free(t->heap, a, sizeof *a);
@@ -22601,10 +22694,10 @@ CRPCI_FN void crpci_context_count(crpc_server *s, crpci_conn *conn, uint32_t by)
     }
 }
 
-/* A connection with requests in service keeps itself, its loop and the server. Locked. */
-CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
+/* A connection at work, for a request or for its authentication, keeps itself, its loop and the
+ * server. Locked. */
+CRPCI_FN void crpci_context_enter(crpc_server *s, crpci_conn *conn)
 {
-    crpci_context_count(s, conn, 1);
     if (conn->busy++)
         return;
     crpci_conn_hold(conn);
@@ -22613,18 +22706,31 @@ CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
     crpci_thread_ref(&s->active);
 }
 
-/* Undoes crpci_context_begin for one request. Locked. True: it was the connection's last one, and
+/* A request is in service. Locked. */
+CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
+{
+    crpci_context_count(s, conn, 1);
+    crpci_context_enter(s, conn);
+}
+
+/* Undoes crpci_context_enter. Locked. True: it was the connection's last work, and
  * crpci_context_release is due when the loop is unlocked. */
-CRPCI_FN bool crpci_context_end(crpci_conn *conn)
+CRPCI_FN bool crpci_context_leave(crpci_conn *conn)
 {
     crpc_server *s = (crpc_server *)conn->owner;
-    crpci_context_count(s, conn, (uint32_t)-1);
     if (--conn->busy)
         return false;
     if (CRPC_ENABLE_POLICY && conn->closed)
         s->guard.ops->leave(s, conn->account);
     crpci_conn_drop(conn);
     return true;
+}
+
+/* Undoes crpci_context_begin, as crpci_context_leave. */
+CRPCI_FN bool crpci_context_end(crpci_conn *conn)
+{
+    crpci_context_count((crpc_server *)conn->owner, conn, (uint32_t)-1);
+    return crpci_context_leave(conn);
 }
 
 /* Gives up a reference; the last one frees the server, which takes no lock but the heap's. */
@@ -22634,7 +22740,7 @@ CRPCI_FN void crpci_context_drop_server(crpc_server *s)
         s->destroy(s);
 }
 
-/* Gives up the references that crpci_context_begin took for a connection with requests. */
+/* Gives up the references that crpci_context_enter took for a connection at work. */
 CRPCI_FN void crpci_context_release(crpc_server *s, crpc_loop *l)
 {
     __atomic_fetch_sub(&s->active, 1, __ATOMIC_ACQ_REL);
@@ -22654,14 +22760,16 @@ CRPCI_COLD void crpci_context_reject(crpc_context *x)
 }
 
 /* Stops reading a connection that has CRPCI_CONTEXT_CONN_MAX requests in service, or whose unsent
- * replies take more than max_queued bytes; reads it again when both have fallen to half. Locked. */
+ * replies take more than max_queued bytes; reads it again when both have fallen to half, unless it
+ * waits for a verdict. Locked. */
 CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
     int64_t max = s->options.limits.max_queued;
     if (!conn->paused && (conn->busy >= CRPCI_CONTEXT_CONN_MAX || (max && conn->tx_memory > max)))
         crpci_conn_pause(conn, true);
-    else if (conn->paused && conn->busy < CRPCI_CONTEXT_CONN_MAX / 2 &&
+    else if (conn->paused && !crpci_receive_waits(conn) &&
+             conn->busy < CRPCI_CONTEXT_CONN_MAX / 2 &&
              (!max || conn->tx_memory <= max / 2))
         crpci_conn_pause(conn, false);
 }
@@ -23087,12 +23195,18 @@ CRPC_API const char *crpc_context_peer(crpc_context *x)
 /* ======================================================================== */
 
 /* The one place where a server decides whether it serves a peer: the screen of its connections. It
- * sees each message before its body is buffered, and before its names are looked up. Only a success
- * marks a connection; each request keeps the identity that its connection had when it came. All
- * functions need the loop's lock, but for crpc_context_identity. */
+ * sees each message before its body is buffered, and before its names are looked up. If the program
+ * has to be asked, which is user code, the connection is paused with the message at the front of
+ * its input, and counts as at work; a task of the loop asks, and then the message is read again.
+ * Only a success marks a connection; each request keeps the identity that its connection had when
+ * it came. All functions need the loop's lock, but for crpc_context_identity. */
 
-/* A success, in a chunk of its own. The credential stands behind it. */
+/* A question to the program and, if the answer is yes, the connection's identity. It is in a chunk
+ * of its own, with the credential behind it. */
 typedef struct crpci_auth_grant {
+    crpci_task task; /* asks */
+    crpci_conn *conn;
+    crpci_chunk *chunk; /* this one */
     crpc_identity identity;
     int64_t until_us; /* INT64_MAX: as long as the connection lasts */
     size_t size;      /* of the credential */
@@ -23128,54 +23242,149 @@ CRPCI_FN bool crpci_auth_holds(const crpc_server *s, const crpci_conn *conn, crp
            crpc_secret_equal(credential, crpc_view_of(g + 1, g->size));
 }
 
-/* Asks the program who a connection's peer is. Returns NULL, or why the peer is refused. */
-CRPCI_COLD const char *crpci_auth_judge(const crpc_server *s, crpci_conn *conn,
-                                        crpc_view credential)
+/* Asks the program who a connection's peer is, without the lock. True: the peer is accepted. */
+CRPCI_COLD bool crpci_auth_judge(const crpc_server *s, crpci_auth_grant *g)
 {
     const crpc_access_options *o = &s->options.access;
+    crpci_conn *conn = g->conn;
+    crpc_loop *l = conn->loop;
+    char peer[CRPCI_SOCK_NAME_MAX];
+    int refused;
+    crpci_sock_name_format(&conn->peer, peer, sizeof peer);
+    crpci_loop_user_begin(l);
+    refused = o->authenticate(o->authenticate_user, peer,
+                              crpc_view_of(g->size ? g + 1 : NULL, g->size), &g->identity);
+    crpci_loop_user_end(l);
+    g->identity.name[CRPC_IDENTITY_MAX - 1] = '\0';
+    g->until_us = g->identity.valid_ms > 0
+                      ? crpci_loop_now(l) + (int64_t)g->identity.valid_ms * 1000
+                      : INT64_MAX;
+    return !refused;
+}
+
+/* Counts a refused credential for the account of the connection's host. */
+CRPCI_COLD void crpci_auth_failed(crpc_server *s, crpci_conn *conn)
+{
+    crpci_peer_account *a = (crpci_peer_account *)conn->account;
+    conn->loop->stats.auth_failed++;
+    if (!CRPC_ENABLE_POLICY)
+        return;
+    crpci_thread_lock(&s->guard.lock);
+    crpci_limiter_bucket_take(&a->rates[CRPCI_PEER_FAILURES], crpci_heap_now(s->heap));
+    crpci_thread_unlock(&s->guard.lock);
+}
+
+/* Whether the host of a connection has had so many credentials refused that the program is not
+ * asked about another one: what it does may be expensive. */
+CRPCI_COLD bool crpci_auth_is_barred(crpc_server *s, crpci_conn *conn)
+{
+    crpci_peer_account *a = (crpci_peer_account *)conn->account;
+    char own[CRPC_ADDRESS_MAX], peer[CRPCI_SOCK_NAME_MAX];
+    crpci_addr local;
+    bool may = true;
+    if (CRPC_ENABLE_POLICY) {
+        crpci_thread_lock(&s->guard.lock);
+        may = crpci_limiter_bucket_has(&a->rates[CRPCI_PEER_FAILURES], crpci_heap_now(s->heap));
+        crpci_thread_unlock(&s->guard.lock);
+    }
+    if (may)
+        return false;
+    conn->loop->stats.auth_barred++;
+    crpci_sock_local(conn->fd, &local);
+    crpci_sock_format(&local, own, sizeof own);
+    crpci_sock_name_format(&conn->peer, peer, sizeof peer);
+    crpci_loop_log(conn->loop, CRPCI_LOOP_LINE_AUTH,
+                   "server %s: a credential of %s refused without asking access.authenticate: too "
+                   "many of its host were refused (max_failures)",
+                   own, peer);
+    return true;
+}
+
+/* Decides about a connection whose server still serves. */
+CRPCI_COLD crpci_conn_verdict crpci_auth_decide(crpc_server *s, crpci_auth_grant *g)
+{
+    if (crpci_auth_is_barred(s, g->conn))
+        return CRPCI_CONN_BARRED;
+    if (crpci_auth_judge(s, g))
+        return CRPCI_CONN_PASSED;
+    crpci_auth_failed(s, g->conn);
+    return CRPCI_CONN_FAILED;
+}
+
+/* Asks, and has the message read again. If the connection or the server has ended meanwhile there
+ * is nothing to decide any more: after crpc_server_close the program must not be asked. */
+CRPCI_COLD void crpci_auth_task(crpc_loop *l, crpci_task *task)
+{
+    crpci_auth_grant *g = CRPCI_CONTAINER(task, crpci_auth_grant, task);
+    crpci_chunk *chunk = g->chunk;
+    crpci_conn *conn = g->conn;
+    crpc_server *s = (crpc_server *)conn->owner;
+    crpci_conn_verdict verdict = CRPCI_CONN_FAILED;
+    if (!conn->closed && crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED)
+        verdict = crpci_auth_decide(s, g);
+    if (verdict == CRPCI_CONN_PASSED && !conn->closed)
+        conn->identity = chunk;
+    else
+        crpci_heap_chunk_unref(chunk);
+    conn->verdict = (uint8_t)verdict;
+    crpci_conn_pause(conn, false);
+    if (crpci_context_leave(conn))
+        crpci_context_release(s, l);
+}
+
+/* Has the program asked about a message's credential. False: out of memory. */
+CRPCI_COLD bool crpci_auth_ask(crpc_server *s, crpci_conn *conn, crpc_view credential)
+{
     size_t n = crpc_view_size(credential);
     crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, sizeof(crpci_auth_grant) + n);
     crpci_auth_grant *g;
-    char peer[CRPCI_SOCK_NAME_MAX];
     crpci_auth_forget(conn);
     if (!chunk)
-        return CRPCI_STATUS_TEXT("out of memory");
+        return false;
     g = (crpci_auth_grant *)(void *)crpci_heap_data(chunk);
     memset(g, 0, sizeof *g);
-    crpci_sock_name_format(&conn->peer, peer, sizeof peer);
-    if (o->authenticate(o->authenticate_user, peer, n ? credential : crpc_view_of(NULL, 0),
-                        &g->identity)) {
-        crpci_heap_chunk_unref(chunk);
-        return n ? CRPCI_STATUS_TEXT("the server does not accept the request's credential")
-                 : CRPCI_STATUS_TEXT("the server asks for a credential; the request has none");
-    }
-    g->identity.name[CRPC_IDENTITY_MAX - 1] = '\0';
-    g->until_us = g->identity.valid_ms > 0
-                      ? crpci_loop_now(conn->loop) + (int64_t)g->identity.valid_ms * 1000
-                      : INT64_MAX;
+    crpci_loop_task_init(&g->task, crpci_auth_task);
+    g->conn = conn;
+    g->chunk = chunk;
     g->size = n;
     if (n)
         memcpy(g + 1, crpc_view_data(credential), n);
-    conn->identity = chunk;
-    return NULL;
+    conn->verdict = CRPCI_CONN_ASKED;
+    crpci_context_enter(s, conn); /* first: pausing may close the connection */
+    crpci_conn_pause(conn, true);
+    crpci_loop_ready(conn->loop, &g->task);
+    return true;
 }
 
-/* The screen of a server's connections. After a refusal nothing more is read: the connection closes
- * when the requests that came before are answered. */
-CRPCI_FN bool crpci_auth_screen(crpci_conn *conn, const crpci_message *m)
+/* Refuses a message. Nothing more is read: the connection closes when the requests that came before
+ * are answered. UNASKED: there was no memory to ask. */
+CRPCI_COLD void crpci_auth_refuse(crpci_conn *conn, const crpci_message *m,
+                                  crpci_conn_verdict verdict, bool credential)
 {
-    const crpc_server *s = (const crpc_server *)conn->owner;
-    crpc_view credential = m->usual ? crpc_view_of(NULL, 0) : m->credential;
-    const char *why;
-    if (CRPCI_LIKELY(crpci_auth_holds(s, conn, credential)))
-        return true;
-    why = crpci_auth_judge(s, conn, credential);
-    if (!why)
-        return true;
+    const char *why =
+        verdict == CRPCI_CONN_UNASKED ? CRPCI_STATUS_TEXT("out of memory")
+        : verdict == CRPCI_CONN_BARRED
+            ? CRPCI_STATUS_TEXT("too many credentials of this host were refused (max_failures)")
+        : credential ? CRPCI_STATUS_TEXT("the server does not accept the request's credential")
+                     : CRPCI_STATUS_TEXT("the server asks for a credential; the request has none");
     crpci_context_refuse(conn, m, CRPC_EAUTH, why);
     conn->shut = conn->eof = true;
     crpci_conn_interest(conn);
     crpci_context_close_if_done(conn);
+}
+
+/* The screen of a server's connections. */
+CRPCI_FN bool crpci_auth_screen(crpci_conn *conn, const crpci_message *m)
+{
+    crpc_server *s = (crpc_server *)conn->owner;
+    crpc_view credential = m->usual ? crpc_view_of(NULL, 0) : m->credential;
+    crpci_conn_verdict verdict = (crpci_conn_verdict)conn->verdict;
+    conn->verdict = CRPCI_CONN_UNASKED;
+    if (CRPCI_LIKELY(crpci_auth_holds(s, conn, credential)) || verdict == CRPCI_CONN_PASSED)
+        return true;
+    if (verdict == CRPCI_CONN_UNASKED && crpci_auth_ask(s, conn, credential))
+        return false;
+    crpci_auth_refuse(conn, m, verdict, crpc_view_size(credential) != 0);
     return false;
 }
 
@@ -23534,7 +23743,8 @@ CRPCI_COLD const char *crpci_guard_limit(crpc_server *s, const crpci_conn *conn,
     const char *why = NULL;
     g->since = conn->active_us;
     crpci_thread_lock(&s->guard.lock);
-    if (account && !crpci_limiter_bucket_take(&account->bucket, g->since))
+    if (account &&
+        !crpci_limiter_bucket_take(&account->rates[CRPCI_PEER_REQUESTS], g->since))
         why = CRPCI_STATUS_TEXT("too many requests of this client in a second (rate_per_client)");
     else if (q)
         why = crpci_quota_enter(q, g->since);
@@ -23620,8 +23830,11 @@ CRPCI_COLD int crpci_guard_open(crpc_server *s)
     int err;
     crpci_order_init(&s->guard.order, o->worker_queue);
     crpci_loop_secret(s->loop, secret);
-    err = crpci_peer_open(&s->guard.peers, s->heap, secret, o->rate_per_client,
-                          o->burst_per_client);
+    crpci_peer_open(&s->guard.peers, s->heap, secret);
+    err = crpci_peer_limit(&s->guard.peers, CRPCI_PEER_REQUESTS, o->rate_per_client,
+                           o->burst_per_client);
+    if (!err && o->access.authenticate && o->access.max_failures)
+        err = crpci_peer_limit(&s->guard.peers, CRPCI_PEER_FAILURES, 1, o->access.max_failures);
     if (!err && o->replay_entries)
         err = crpci_replay_open(&s->guard.replay, s->heap, (size_t)o->replay_entries,
                                 o->replay_bytes, (int64_t)o->replay_ms * 1000, secret);
@@ -24787,6 +25000,8 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_TEXT(access.allow, "allow", 0),
     CRPCI_LIFECYCLE_TEXT(access.peers, "peers", 0),
     CRPCI_LIFECYCLE_ROW(access.every_message, "every_message", 0, 0, 0, 1),
+    CRPCI_LIFECYCLE_ROW(access.max_failures, "max_failures", CRPCI_OPTION_POLICY, 20, 0,
+                        CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
     CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),

@@ -499,9 +499,11 @@ CT_FN void wire_request(wire *w, const char *method, int64_t id, int64_t n, int6
     wire_free(&body);
 }
 
-/* A request with user_fields: `fields` is key, value, ..., NULL. */
-CT_FN void wire_request_fields(wire *w, const char *method, int64_t id, const char *body, size_t n,
-                               int64_t attachment, const char *const *fields)
+/* Header and meta of a request of dyn.Echo whose payload and attachment, `body` bytes, follow.
+ * `credential` NULL: none. `fields` is key, value, ..., NULL, or NULL. */
+CT_FN void wire_request_head(wire *w, const char *method, int64_t id, const void *credential,
+                             size_t size, int64_t attachment, const char *const *fields,
+                             size_t body)
 {
     wire meta = {NULL, 0, 0}, request = {NULL, 0, 0};
     wire_str(&request, 1, "dyn.Echo");
@@ -510,6 +512,8 @@ CT_FN void wire_request_fields(wire *w, const char *method, int64_t id, const ch
     wire_int(&meta, 4, id);
     if (attachment)
         wire_int(&meta, 5, attachment);
+    if (credential)
+        wire_bytes(&meta, 7, credential, size);
     for (; fields && *fields; fields += 2) {
         wire entry = {NULL, 0, 0};
         wire_str(&entry, 1, fields[0]);
@@ -517,9 +521,20 @@ CT_FN void wire_request_fields(wire *w, const char *method, int64_t id, const ch
         wire_bytes(&meta, 9, entry.p, entry.n);
         wire_free(&entry);
     }
-    wire_frame(w, &meta, body, n);
+    wire_put(w, "PRPC", 4);
+    wire_be32(w, (uint32_t)(meta.n + body));
+    wire_be32(w, (uint32_t)meta.n);
+    wire_put(w, meta.p, meta.n);
     wire_free(&meta);
     wire_free(&request);
+}
+
+/* A request with user_fields, whole. */
+CT_FN void wire_request_fields(wire *w, const char *method, int64_t id, const char *body, size_t n,
+                               int64_t attachment, const char *const *fields)
+{
+    wire_request_head(w, method, id, NULL, 0, attachment, fields, n);
+    wire_put(w, body, n);
 }
 
 /* A good reply with a Num. */
@@ -717,6 +732,28 @@ CT_FN bool wire_flush(int fd, wire *w)
     bool ok = wire_send(fd, w->p, w->n);
     wire_free(w);
     return ok;
+}
+
+CT_FN void net_send(int fd, const char *method, int64_t id, const char *body, size_t n,
+                    const char *const *fields)
+{
+    wire w = {NULL, 0, 0};
+    wire_request_fields(&w, method, id, body, n, 0, fields);
+    assert_true(wire_flush(fd, &w));
+}
+
+/* Receives the reply to a request and returns its code; its words in text. */
+CT_FN int64_t net_reply_code(int fd, int64_t id, char *text)
+{
+    wire_message m;
+    int64_t code;
+    assert_int_equal(wire_receive(fd, &m), 1);
+    assert_int_equal(m.id, id);
+    code = m.code;
+    if (text)
+        strcpy(text, m.text);
+    wire_done(&m);
+    return code;
 }
 
 /* Sends one request by hand and returns the reply's code; its words in text. */

@@ -4,41 +4,19 @@
 #include "crpc_test.h"
 #include "crpc_net.h"
 
-static void send_request(int fd, const char *method, int64_t id, const char *body, size_t n,
-                         const char *const *fields)
-{
-    wire w = {NULL, 0, 0};
-    wire_request_fields(&w, method, id, body, n, 0, fields);
-    assert_true(wire_flush(fd, &w));
-}
-
-/* Receives the reply to a request and returns its code. */
-static int64_t reply_code(int fd, int64_t id, char *text)
-{
-    wire_message m;
-    int64_t code;
-    assert_int_equal(wire_receive(fd, &m), 1);
-    assert_int_equal(m.id, id);
-    code = m.code;
-    if (text)
-        strcpy(text, m.text);
-    wire_done(&m);
-    return code;
-}
-
 #define GARBAGE "\xff\xff\xff", 3 /* the decoder answers EREQUEST: the limits let it in */
 
 static int64_t ask_garbage(int fd, const char *method, char *text)
 {
-    send_request(fd, method, 99, GARBAGE, NULL);
-    return reply_code(fd, 99, text);
+    net_send(fd, method, 99, GARBAGE, NULL);
+    return net_reply_code(fd, 99, text);
 }
 
 static void hold(net *n, int fd, int count, const char *const *fields)
 {
     int held = net_held(&n->service), i;
     for (i = 0; i < count; i++)
-        send_request(fd, "Defer", 1, "\x08\x01", 2, fields);
+        net_send(fd, "Defer", 1, "\x08\x01", 2, fields);
     assert_true(CT_WAIT(net_held(&n->service) == held + count, NET_PATIENCE));
 }
 
@@ -46,7 +24,7 @@ static void let_go(net *n, int fd, int count, int status)
 {
     for (; count > 0; count--) {
         assert_int_equal(crpc_context_finish(net_take(&n->service), status), CRPC_OK);
-        assert_int_equal(reply_code(fd, 1, NULL), status);
+        assert_int_equal(net_reply_code(fd, 1, NULL), status);
     }
 }
 
@@ -166,22 +144,6 @@ static void methods_have_rates(void **state)
     }
 }
 
-static int connect_from(const char *url, const char *host)
-{
-    struct timeval patience = {NET_PATIENCE / 1000, 0};
-    struct sockaddr_in a;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    memset(&a, 0, sizeof a);
-    a.sin_family = AF_INET;
-    assert_int_equal(inet_pton(AF_INET, host, &a.sin_addr), 1);
-    assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof a), 0);
-    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    a.sin_port = htons((uint16_t)atoi(strrchr(url, ':') + 1));
-    assert_int_equal(connect(fd, (struct sockaddr *)&a, sizeof a), 0);
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-    return fd;
-}
-
 static void clients_have_rates(void **state)
 {
     const char *says = "too many requests of this client in a second (rate_per_client)";
@@ -197,16 +159,16 @@ static void clients_have_rates(void **state)
         n.server_options.rate_per_client = 1;
         n.server_options.burst_per_client = 4;
         net_open(&n, p, m);
-        a = connect_from(n.url, "127.0.0.1");
-        b = connect_from(n.url, "127.0.0.1");
-        c = connect_from(n.url, "127.0.0.2");
+        a = wire_connect_from(n.url, "127.0.0.1");
+        b = wire_connect_from(n.url, "127.0.0.1");
+        c = wire_connect_from(n.url, "127.0.0.2");
         assert_int_equal(let_in(a, "Add", 3, says), 3);
         assert_int_equal(let_in(b, "Get", 3, says), 1); /* one client, several connections */
         assert_int_equal(let_in(c, "Add", 6, says), 4);
         close(a);
         close(b);
         assert_true(CT_WAIT(net_connections(n.server) == 1, NET_PATIENCE));
-        a = connect_from(n.url, "127.0.0.1"); /* the server remembers its rate */
+        a = wire_connect_from(n.url, "127.0.0.1"); /* the server remembers its rate */
         assert_int_equal(let_in(a, "Add", 2, says), 0);
         net_time_add(2000);
         assert_int_equal(let_in(a, "Add", 4, says), 2);
@@ -289,7 +251,7 @@ static void send_again(int fd, const char *method, int64_t id, const char *rid)
 {
     const char *fields[] = {"other", "field", "crpc-rid", NULL, NULL};
     fields[3] = rid;
-    send_request(fd, method, id, "\x08\x05", 2, fields);
+    net_send(fd, method, id, "\x08\x05", 2, fields);
 }
 
 static int64_t ask_again(int fd, const char *method, const char *rid, int64_t *n)
@@ -434,7 +396,7 @@ static void a_kept_failure_is_repeated_too(void **state)
         send_again(fd[0], "Defer", 20, "two");
         assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
         assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_EAUTH), CRPC_OK);
-        assert_int_equal(reply_code(fd[0], 20, NULL), CRPC_EAUTH);
+        assert_int_equal(net_reply_code(fd[0], 20, NULL), CRPC_EAUTH);
         for (i = 0; i < 2; i++)
             assert_int_equal(ask_again(fd[1], "Defer", "two", NULL), CRPC_EAUTH);
         assert_int_equal(net_calls(&n.service), 1);
@@ -554,8 +516,8 @@ static void an_undecodable_request_is_not_remembered(void **state)
     n.server_options.replay_entries = 10;
     net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
     fd = wire_connect(n.url);
-    send_request(fd, "Add", 1, GARBAGE, both);
-    assert_int_equal(reply_code(fd, 1, NULL), CRPC_EREQUEST);
+    net_send(fd, "Add", 1, GARBAGE, both);
+    assert_int_equal(net_reply_code(fd, 1, NULL), CRPC_EREQUEST);
     assert_int_equal(ask_again(fd, "Add", "y", NULL), CRPC_OK);
     assert_int_equal(net_calls(&n.service), 1);
     close(fd);
@@ -652,7 +614,7 @@ static void a_request_without_a_free_entry_is_not_executed(void **state)
     send_again(fd, "Defer", 1, "5");
     assert_true(CT_WAIT(net_held(&n.service) == 2, NET_PATIENCE));
     send_again(fd, "Add", 7, "6");
-    assert_int_equal(reply_code(fd, 7, text), CRPC_ELIMIT);
+    assert_int_equal(net_reply_code(fd, 7, text), CRPC_ELIMIT);
     assert_non_null(strstr(text, "replay_entries"));
     assert_int_equal(net_calls(&n.service), 2);
     let_go_of(&n);
@@ -678,16 +640,16 @@ static void another_request_with_the_same_id_is_refused(void **state)
         net_open(&n, p, m);
         fd = wire_connect(n.url);
         other = wire_connect(n.url);
-        send_request(fd, "Defer", 1, "\x08\x01", 2, fields);
+        net_send(fd, "Defer", 1, "\x08\x01", 2, fields);
         assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
-        send_request(other, "Defer", 2, "\x08\x02", 2, fields); /* while the first executes */
-        assert_int_equal(reply_code(other, 2, text), CRPC_EREQUEST);
+        net_send(other, "Defer", 2, "\x08\x02", 2, fields); /* while the first executes */
+        assert_int_equal(net_reply_code(other, 2, text), CRPC_EREQUEST);
         assert_non_null(strstr(text, "crpc-rid"));
         let_go(&n, fd, 1, CRPC_OK);
-        send_request(other, "Defer", 3, "\x08\x02", 2, fields); /* and when it has ended */
-        assert_int_equal(reply_code(other, 3, NULL), CRPC_EREQUEST);
-        send_request(other, "Defer", 4, "\x08\x01", 2, fields); /* the request itself */
-        assert_int_equal(reply_code(other, 4, NULL), CRPC_OK);
+        net_send(other, "Defer", 3, "\x08\x02", 2, fields); /* and when it has ended */
+        assert_int_equal(net_reply_code(other, 3, NULL), CRPC_EREQUEST);
+        net_send(other, "Defer", 4, "\x08\x01", 2, fields); /* the request itself */
+        assert_int_equal(net_reply_code(other, 4, NULL), CRPC_OK);
         assert_int_equal(net_calls(&n.service), 1);
         close(fd);
         close(other);
@@ -712,18 +674,18 @@ static void a_request_that_waits_keeps_its_id(void **state)
         n.server_options.replay_entries = 8;
         net_open(&n, p, NET_THREAD);
         fd = wire_connect(n.url);
-        send_request(fd, "Defer", 1, "\x08\x01", 2, first);
+        net_send(fd, "Defer", 1, "\x08\x01", 2, first);
         assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
-        send_request(fd, "Add", 2, "\x08\x05", 2, second);
-        send_request(fd, "None", 3, other, sizeof other, NULL);
-        assert_int_equal(reply_code(fd, 3, NULL), CRPC_ENOMETHOD);
-        send_request(fd, "None", 4, other, sizeof other, NULL);
-        assert_int_equal(reply_code(fd, 4, NULL), CRPC_ENOMETHOD);
+        net_send(fd, "Add", 2, "\x08\x05", 2, second);
+        net_send(fd, "None", 3, other, sizeof other, NULL);
+        assert_int_equal(net_reply_code(fd, 3, NULL), CRPC_ENOMETHOD);
+        net_send(fd, "None", 4, other, sizeof other, NULL);
+        assert_int_equal(net_reply_code(fd, 4, NULL), CRPC_ENOMETHOD);
         assert_int_equal(net_calls(&n.service), 1);
         let_go(&n, fd, 1, CRPC_OK);
-        assert_int_equal(reply_code(fd, 2, NULL), CRPC_OK);
-        send_request(fd, "Add", 5, "\x08\x05", 2, second);
-        assert_int_equal(reply_code(fd, 5, NULL), CRPC_OK);
+        assert_int_equal(net_reply_code(fd, 2, NULL), CRPC_OK);
+        net_send(fd, "Add", 5, "\x08\x05", 2, second);
+        assert_int_equal(net_reply_code(fd, 5, NULL), CRPC_OK);
         assert_int_equal(net_calls(&n.service), 2);
         close(fd);
         net_close(&n);
@@ -745,7 +707,7 @@ static void a_host_cannot_take_all_replay_entries(void **state)
         char id[16];
         snprintf(id, sizeof id, "%d", i);
         send_again(greedy, "Add", i, id);
-        taken += reply_code(greedy, i, NULL) == CRPC_OK;
+        taken += net_reply_code(greedy, i, NULL) == CRPC_OK;
     }
     assert_int_equal(taken, 6);
     assert_int_equal(ask_again(honest, "Add", "h1", NULL), CRPC_OK);
@@ -788,7 +750,7 @@ static void send_keyed(int fd, int n, const char *key)
     fields[1] = key;
     body[0] = 1 << 3;
     body[1] = (char)n;
-    send_request(fd, "Defer", n, body, 2, key ? fields : NULL);
+    net_send(fd, "Defer", n, body, 2, key ? fields : NULL);
 }
 
 /* Finishes the held request that came with this number; false: it is not held. */
@@ -851,9 +813,9 @@ static void requests_of_a_key_wait_for_each_other(void **state)
         assert_true(finish_keyed(&n, 4));
         for (i = 0; i < 4; i++) {
             static const int order[] = {3, 1, 2, 4};
-            assert_int_equal(reply_code(fd, order[i], NULL), CRPC_OK);
+            assert_int_equal(net_reply_code(fd, order[i], NULL), CRPC_OK);
         }
-        assert_int_equal(reply_code(other, 5, NULL), CRPC_OK);
+        assert_int_equal(net_reply_code(other, 5, NULL), CRPC_OK);
         close(fd);
         close(other);
         net_close(&n);
@@ -886,7 +848,7 @@ static void requests_of_a_connection_may_wait_too(void **state)
             int64_t until = ct_now_ms() + NET_PATIENCE;
             while (!finish_keyed(&n, i) && ct_now_ms() < until)
                 ct_sleep_ms(1);
-            assert_int_equal(reply_code(i == 5 ? other : fd, i, NULL), CRPC_OK);
+            assert_int_equal(net_reply_code(i == 5 ? other : fd, i, NULL), CRPC_OK);
         }
         close(fd);
         close(other);

@@ -177,7 +177,8 @@ static crpci_peer_table *table(crpci_heap *h, int rate, int burst)
 {
     static crpci_peer_table t;
     memset(&t, 0, sizeof t);
-    assert_int_equal(crpci_peer_open(&t, h, secret, rate, burst), CRPC_OK);
+    crpci_peer_open(&t, h, secret);
+    assert_int_equal(crpci_peer_limit(&t, CRPCI_PEER_REQUESTS, rate, burst), CRPC_OK);
     return &t;
 }
 
@@ -271,8 +272,8 @@ static void spend(crpci_peer_table *t, const char *host, int tokens, int64_t now
 {
     crpci_peer_account *a = join(t, host, now);
     while (tokens--)
-        assert_true(crpci_limiter_bucket_take(&a->bucket, now));
-    assert_false(crpci_limiter_bucket_take(&a->bucket, now));
+        assert_true(crpci_limiter_bucket_take(&a->rates[CRPCI_PEER_REQUESTS], now));
+    assert_false(crpci_limiter_bucket_take(&a->rates[CRPCI_PEER_REQUESTS], now));
     leave(t, a, now);
 }
 
@@ -323,7 +324,7 @@ static void debts_of_others_seldom_hit_a_new_host(void **state)
         crpci_peer_account *a;
         snprintf(host, sizeof host, "172.16.%d.%d", i / 250, i % 250);
         a = join(t, host, SECOND);
-        hit += a->bucket.debt > 0;
+        hit += a->rates[CRPCI_PEER_REQUESTS].debt > 0;
         leave(t, a, SECOND);
     }
     assert_in_range(hit, 0, 30); /* expected: (400/4096)^2 of 1,000, about 9 */
@@ -355,8 +356,11 @@ static int scenario(const crpc_hooks *hooks, void *user)
     if (err)
         return err;
     err = crpci_peer_read_networks(&t.weights, h, "10.0.0.7:16,unix:4", "peers", true, NULL);
+    crpci_peer_open(&t, h, secret);
     if (!err)
-        err = crpci_peer_open(&t, h, secret, 1, 1);
+        err = crpci_peer_limit(&t, CRPCI_PEER_REQUESTS, 1, 1);
+    if (!err)
+        err = crpci_peer_limit(&t, CRPCI_PEER_FAILURES, 1, 1);
     if (!err) {
         crpci_peer_account *a = crpci_peer_connect(&t, &p, 0);
         if (a)
@@ -371,7 +375,7 @@ static int scenario(const crpc_hooks *hooks, void *user)
 static void running_out_of_memory_leaves_nothing_behind(void **state)
 {
     (void)state;
-    assert_int_equal(ct_sweep(scenario, NULL), 5);
+    assert_int_equal(ct_sweep(scenario, NULL), 6);
 }
 
 int main(void)

@@ -81,7 +81,7 @@ static void line_read(const crpci_conn *c, crpc_view head, crpci_message *m)
 
 /* The head and the parts behind it are there from `at` to `end`: one body is made of them. */
 static bool line_deliver(crpci_conn *c, crpci_chunk *chunk, crpc_view head, const uint8_t *at,
-                         const uint8_t *end)
+                         const uint8_t *end, bool *waits)
 {
     crpci_message m;
     size_t size = (size_t)(end - at);
@@ -108,7 +108,8 @@ static bool line_deliver(crpci_conn *c, crpci_chunk *chunk, crpc_view head, cons
         }
     }
     m.payload_size -= m.attachment_size;
-    crpci_receive_deliver(c, &m);
+    if (!crpci_receive_deliver(c, &m))
+        *waits = true;
     crpci_heap_chunk_unref(own);
     return true;
 }
@@ -118,6 +119,7 @@ static size_t line_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, siz
     line_state *s = (line_state *)c->protocol_state;
     crpc_view head;
     size_t at, total = 0;
+    bool waits = false;
     uint32_t part;
     c->rx_total = s->dropping ? 4 : 8;
     if (n < c->rx_total)
@@ -143,8 +145,9 @@ static size_t line_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, siz
         if (total > c->max_body) {
             crpci_message m;
             line_read(c, head, &m);
+            if (!crpci_receive_oversize(c, &m, total, part & ~LINE_MORE))
+                return 0;
             s->dropping = (part & LINE_MORE) != 0;
-            crpci_receive_oversize(c, &m, total, part & ~LINE_MORE);
             return at + 4;
         }
         at += 4 + (part & ~LINE_MORE);
@@ -152,9 +155,9 @@ static size_t line_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, siz
     c->rx_total = at;
     if (n < at)
         return 0;
-    if (!line_deliver(c, chunk, head, p + 8 + crpc_view_size(head), p + at))
+    if (!line_deliver(c, chunk, head, p + 8 + crpc_view_size(head), p + at, &waits))
         crpci_conn_close(c, CRPC_ENOMEM, 0);
-    return at;
+    return waits ? 0 : at;
 }
 
 static crpc_view line_names(uint8_t *out, size_t room, crpc_view service, crpc_view method)
@@ -449,6 +452,54 @@ static void it_calls_in_every_arrangement(void **state)
             free(bytes);
             net_close(&n);
         }
+    }
+}
+
+static int accept_all(void *user, const char *from, crpc_view credential, crpc_identity *identity)
+{
+    (void)from, (void)credential, (void)identity;
+    __atomic_add_fetch((uint32_t *)user, 1, __ATOMIC_ACQ_REL);
+    return CRPC_OK;
+}
+
+/* A message is read again after the verdict on it, and has its turn only once. */
+static void replies_keep_their_order_while_peers_are_judged(void **state)
+{
+    static const char *const heads[] = {"dyn.Echo/Add\nc:one\n", "dyn.Echo/Add\n",
+                                        "dyn.Echo/Add\nc:other\n"};
+    net_mode m;
+    (void)state;
+    NET_EACH_MODE(m)
+    {
+        char *bytes = net_bytes(3000);
+        wire w = {NULL, 0, 0};
+        uint32_t asked = 0;
+        net n;
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        n.server_options.limits.max_body = 2000;
+        n.server_options.access.authenticate = accept_all;
+        n.server_options.access.authenticate_user = &asked;
+        net_open(&n, CRPC_POLLER_DEFAULT, m);
+        fd = wire_connect(n.url);
+        for (i = 0; i < 300; i++) {
+            unsigned char body[2] = {1 << 3, (unsigned char)(i % 100)};
+            if (i % 10)
+                line_put(&w, heads[i % 3], body, 2, 1);
+            else
+                line_put(&w, heads[i % 3], bytes, 1000, 3); /* too large, when its third comes */
+        }
+        assert_true(wire_flush(fd, &w));
+        for (i = 0; i < 300; i++) {
+            if (i % 10)
+                expect_num(fd, i % 100 + 1);
+            else
+                expect_error(fd, CRPC_EREQUEST, "over max_body");
+        }
+        assert_int_equal(__atomic_load_n(&asked, __ATOMIC_ACQUIRE), 200);
+        close(fd);
+        free(bytes);
+        net_close(&n);
     }
 }
 
@@ -927,6 +978,7 @@ int main(void)
         CT_TEST(protocols_are_found_by_name),
         CT_TEST(both_are_told_apart_on_one_port_byte_by_byte),
         CT_TEST(it_calls_in_every_arrangement),
+        CT_TEST(replies_keep_their_order_while_peers_are_judged),
         CT_TEST(errors_come_with_code_and_text),
         CT_TEST(a_body_that_grows_too_large_is_refused_in_its_turn),
         CT_TEST(a_reply_that_is_too_large_ends_its_call_alone),

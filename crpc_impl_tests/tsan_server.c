@@ -1,6 +1,7 @@
 /* Requests that are limited, wait for their turn, or have come before, from several connections on
  * several I/O threads, with and without workers, finished by handlers and by a thread of the
- * program's; at the end the server stops and closes with some of them in service.
+ * program's. Their peers are judged by a function that calls crpc. At the end the server stops and
+ * closes with some of them in service.
  */
 /* crpc-test-flags: -DCRPC_ENABLE_ZOOKEEPER=0 */
 /* crpc-test-timeout: 600 */
@@ -16,7 +17,7 @@
 
 typedef struct scenario {
     net n;
-    uint32_t over, closed;
+    uint32_t over, closed, asked;
     int inside[KEYS]; /* not guarded by a lock: their key's order does that */
     uint64_t seed;
 } scenario;
@@ -45,6 +46,21 @@ static int cancelled_defer(crpc_context *x, const dyn_Num *in, dyn_Num *out)
     return net_defer(x, in, out);
 }
 
+/* Accepts all under the name that they give, and takes its time now and then. */
+static int judge(void *user, const char *from, crpc_view credential, crpc_identity *identity)
+{
+    scenario *s = (scenario *)user;
+    uint32_t n = __atomic_fetch_add(&s->asked, 1, __ATOMIC_RELAXED);
+    crpc_loop_stats stats;
+    (void)from;
+    if (n % 4 == 0 && !crpci_thread_load(&s->over))
+        crpc_server_stats_get(s->n.server, &stats);
+    if (n % 16 == 0)
+        ct_sleep_ms(1);
+    crpc_view_copy(credential, identity->name, sizeof identity->name);
+    return CRPC_OK;
+}
+
 typedef struct caller {
     scenario *s;
     int index, good;
@@ -71,6 +87,7 @@ static void *call_much(void *arg)
         fields[1].value = key;
         call.fields = fields;
         call.field_count = k < KEYS ? 2 : 1;
+        call.credential = crpc_view_str(key); /* a key keeps an order for one identity only */
         in.ms = k < KEYS ? k + 1 : 0;
         for (round = 0; round < 2; round++)
             status[round] = i % 4 ? dyn_Echo_Add(ch, &in, &out[round], &call)
@@ -133,6 +150,8 @@ static void run(int io_threads, int workers, bool early)
     o->method_limit_count = 2;
     o->rate_per_client = 1000000;
     o->replay_entries = 5000;
+    o->access.authenticate = judge;
+    o->access.authenticate_user = &s;
     o->ordered = 1;
     o->lame_ms = 20;
     o->drain_ms = early ? 20 : 2000;
@@ -154,6 +173,7 @@ static void run(int io_threads, int workers, bool early)
         assert_true(CT_WAIT(net_calls(&s.n.service) > 100, NET_PATIENCE));
     crpc_server_stats_get(s.n.server, &stats);
     assert_true(stats.replayed > 0);
+    assert_true(crpci_thread_load(&s.asked) > 0);
     crpci_thread_store(&s.over, 1);
     crpc_server_close(s.n.server);
     crpci_thread_store(&s.closed, 1);
