@@ -34,7 +34,7 @@ EXTRA_TESTS = {
 }
 MAX_FUNCTION_LINES = 80
 LONG_FUNCTIONS = set()      # those that may be longer
-MAX_LINES = 25400           # of crpc.h
+MAX_LINES = 25500           # of crpc.h
 MAX_CODE_LINES = 18700      # of its implementation, neither blank nor only comment
 COMMENT_PERCENT = (10, 13)  # of the implementation's lines, those that are comments
 MAX_SECTION_LINES = 900
