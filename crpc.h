@@ -585,8 +585,9 @@
  * takes one of its connections: one that has asked for nothing yet, else the one that has been idle
  * for longest, never one with a request in service. A gateway that stands for a hundred boards
  * needs a weight. The same shares hold for max_concurrency, worker_queue and replay_entries.
- * Workers take one request of each host in turn, and one ordering key gets at most half of the
- * places to wait. crpc_server_peers_walk shows what each host holds.
+ * Workers take one request of each host in turn; one whose reply is large counts as one for each
+ * 64 KiB. One ordering key gets at most half of the places to wait. crpc_server_peers_walk shows
+ * what each host holds.
  *
  * The max_bytes of each loop that serves is shared out, too. Half of it is for large requests,
  * those over 64 KiB. When the first 64 KiB of one have come, it takes a place of its announced
@@ -3418,11 +3419,11 @@ CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
     h = c->heap;
     total = c->cap + CRPCI_CHUNK_HEADER;
     crpci_thread_lock(&h->lock);
-    if (CRPCI_UNLIKELY(c->size_class & CRPCI_CHUNK_PLACE)) {
-        crpci_heap_leave(h, (crpci_heap_place *)(void *)c->next);
-        c->size_class &= ~CRPCI_CHUNK_PLACE;
-    }
     h->chunk_bytes -= total;
+    if (CRPCI_UNLIKELY(c->size_class >= CRPCI_CHUNK_PLACE)) {
+        crpci_heap_leave(h, (crpci_heap_place *)(void *)c->next);
+        c->size_class -= CRPCI_CHUNK_PLACE;
+    }
     if (CRPCI_LIKELY(c->size_class < CRPCI_CHUNK_CLASSES)) {
         crpci_heap_class *k = &h->classes[c->size_class];
         c->next = k->kept;
@@ -8563,7 +8564,9 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
 #define CRPCI_CONN_SHORT 512 /* frames up to this size are copied together before a send */
 #define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of such copies in one send */
 #define CRPCI_CONN_ROUNDS 16 /* sends in a row before a flush hands over to the loop's driver */
-#define CRPCI_CONN_SEND (256u << 10) /* bytes in a row before it does: the kernel may take 4 MiB */
+/* Bytes that the driver sends of one connection in one step, because the kernel may take 4 MiB at
+ * once. It sends on when unsent replies take much memory: only then it knows who takes none. */
+#define CRPCI_CONN_SEND (256u << 10)
 
 /* Whether there are transports besides plain sockets, and protocols besides baidu_std. While there
  * are none the compiler drops what only those need. Tests bring their own. */
@@ -8726,6 +8729,8 @@ struct crpci_conn {
     crpci_out **tx_end;
     int64_t tx_bytes;
     int64_t tx_memory; /* bytes of memory in the queue: small frames take more than tx_bytes */
+    int64_t *tx_sum; /* where they are added up: loop->unsent, of accepted connections; or tx_own */
+    int64_t tx_own;
     /* In ordered protocols. Accepted: each request gets a turn, and `held` keeps the replies whose
      * turn has not come, sorted. Dialled: the ring `awaited` holds the ids of requests that are
      * being sent or were sent, in the order in which their replies will arrive. */
@@ -8780,12 +8785,11 @@ CRPCI_FN void crpci_conn_out_free(crpci_out *o)
         crpci_heap_chunk_unref(o->chunk);
 }
 
-/* Charges a connection with memory of its queue, and its loop if the queue is one of replies. */
+/* Charges a connection, and the sum that it counts for, with memory of its queue. */
 CRPCI_FN void crpci_conn_charge(crpci_conn *c, int64_t more)
 {
     c->tx_memory += more;
-    if (CRPC_ENABLE_SERVER && c->protocols && !c->closed)
-        c->loop->unsent += more;
+    *c->tx_sum += more;
 }
 
 /* Lets a frame that can no longer be withdrawn outlive the call that owned it. If it borrows the
@@ -8904,9 +8908,9 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     crpc_loop *l = c->loop;
     if (c->closed)
         return;
-    if (c->protocols)
-        l->unsent -= c->tx_memory;
     c->closed = true;
+    *c->tx_sum -= c->tx_memory;
+    c->tx_sum = &c->tx_own;
     crpci_conn_gone(c);
     c->why = why;
     c->why_errno = why_errno;
@@ -9252,7 +9256,6 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
     crpci_conn_batch batch;
-    size_t sent = 0;
     int rounds = 0, count;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
@@ -9265,8 +9268,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
     while (c->tx_head && !c->closed) {
         int saved;
         ssize_t n;
-        if ((rounds++ >= CRPCI_CONN_ROUNDS && l->driver) ||
-            (sent >= CRPCI_CONN_SEND && l->driver == CRPCI_LOOP_WORKING)) {
+        if (rounds++ >= CRPCI_CONN_ROUNDS && l->driver) {
             /* Other threads append as fast as this one sends: the loop's driver goes on, so that a
              * synchronous caller can return to its own call. Or there is so much to send that other
              * connections have to wait: it goes on in the driver's next step. */
@@ -9275,8 +9277,11 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
             break;
         }
         crpci_conn_gather(c, &batch);
-        if (CRPCI_UNLIKELY(c->tx_bytes > CRPCI_CONN_SEND))
+        if (CRPCI_UNLIKELY(c->tx_bytes > CRPCI_CONN_SEND) && l->unsent < l->most_unsent / 2 &&
+            !c->tx_head->committed) {
             crpci_conn_clip(&batch);
+            rounds = l->driver == CRPCI_LOOP_WORKING ? CRPCI_CONN_ROUNDS : rounds;
+        }
         count = batch.count;
         if (!crpci_conn_is_plain(c))
             count = crpci_conn_may_offer(c, &batch);
@@ -9288,10 +9293,8 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         saved = errno;
         crpci_loop_lock(l);
         crpci_conn_advance(c, n > 0 ? (size_t)n : 0);
-        if (n > 0) {
+        if (n > 0)
             c->stalled_us = 0;
-            sent += (size_t)n;
-        }
         if (n >= 0 || saved == EINTR)
             continue;
         if (saved == EAGAIN || saved == EWOULDBLOCK) {
@@ -9941,6 +9944,7 @@ CRPCI_FN crpci_conn *crpci_connect_new(crpc_loop *l, int fd, bool connecting,
     c->connecting = connecting;
     c->max_body = INT32_MAX;
     c->tx_end = &c->tx_head;
+    c->tx_sum = &c->tx_own;
     crpci_list_init(&c->cancels);
     crpci_list_init(&c->admission);
     c->opened_us = c->active_us = c->arrived_us = crpci_loop_now(l);
@@ -21559,7 +21563,10 @@ typedef struct crpci_worker_flow {
     crpci_list link;  /* in the pool's flows, while there are tasks */
     crpci_list tasks; /* crpci_task; `run` is called without a lock, its loop is NULL */
     int64_t queued;
+    uint32_t debt; /* turns that it leaves to others, because its tasks were large */
 } crpci_worker_flow;
+
+#define CRPCI_WORKER_DEBT 256u /* the most turns that a flow can owe */
 
 /* Started by the server, one pool for all its listeners and I/O threads. */
 typedef struct crpci_worker_pool {
@@ -21579,6 +21586,7 @@ CRPCI_FN void crpci_worker_flow_init(crpci_worker_flow *f)
     crpci_list_init(&f->link);
     crpci_list_init(&f->tasks);
     f->queued = 0;
+    f->debt = 0;
 }
 
 /* Whether one more task of a flow may wait. An idle worker takes a task at once, so each adds one
@@ -21617,11 +21625,27 @@ CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_worker_flow *f, crpci
     return room;
 }
 
-/* Takes the first task of the first flow, which goes to the end. Locked. */
+/* A task of a flow was as much work as `turns` others: the flow leaves so many turns to flows that
+ * have tasks meanwhile. */
+CRPCI_COLD void crpci_worker_charge(crpci_worker_pool *p, crpci_worker_flow *f, size_t turns)
+{
+    crpci_thread_lock(&p->lock);
+    f->debt = (uint32_t)crpci_base_min(f->debt + turns, CRPCI_WORKER_DEBT);
+    crpci_thread_unlock(&p->lock);
+}
+
+/* Takes the first task of the first flow without a debt; the flow goes to the end. Locked. */
 CRPCI_FN crpci_task *crpci_worker_take(crpci_worker_pool *p)
 {
     crpci_worker_flow *f = CRPCI_CONTAINER(p->flows.next, crpci_worker_flow, link);
-    crpci_task *t = CRPCI_CONTAINER(f->tasks.next, crpci_task, link);
+    crpci_task *t;
+    while (CRPCI_UNLIKELY(f->debt) && f->link.next != &p->flows) {
+        f->debt--;
+        crpci_list_remove(&f->link);
+        crpci_list_append(&p->flows, &f->link);
+        f = CRPCI_CONTAINER(p->flows.next, crpci_worker_flow, link);
+    }
+    t = CRPCI_CONTAINER(f->tasks.next, crpci_task, link);
     crpci_list_remove(&t->link);
     crpci_list_remove(&f->link);
     p->queued--;
@@ -22961,13 +22985,19 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
                                status);
 }
 
+/* The queue of a request for a worker: that of its peer's account. */
+CRPCI_FN crpci_worker_flow *crpci_context_flow(crpc_context *x)
+{
+    return CRPC_ENABLE_POLICY ? &((crpci_peer_account *)x->conn->account)->flow : &x->server->flow;
+}
+
 /* Ends a request up to the queueing of its reply: runs the interceptors' `after` in reverse order
  * and encodes the reply. Without the lock, because encoding may take long. If the server has
  * stopped there is no reply: crpc_server_close may have returned, so services and interceptors of
  * the program must not be touched. */
 CRPCI_FN void crpci_context_conclude(crpc_context *x, int status)
 {
-    const crpc_server *s = x->server;
+    crpc_server *s = x->server;
     crpci_message m;
     int code;
     if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPED)) {
@@ -22987,6 +23017,9 @@ CRPCI_FN void crpci_context_conclude(crpc_context *x, int status)
                        "server: out of memory: a client takes the handler's error for crpc's own");
     x->reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code, &m)
                                                        : s->guard.ops->encode(x, code);
+    if (s->worker_count && x->reply && crpci_conn_out_len(x->reply) > CRPCI_HEAP_LARGE)
+        crpci_worker_charge(&s->workers, crpci_context_flow(x),
+                            crpci_conn_out_len(x->reply) / CRPCI_HEAP_LARGE);
 }
 
 /* Frees the context of a concluded request and queues its reply; the caller or the driver sends it.
@@ -23109,12 +23142,6 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
         crpci_context_release(s, l);
     if (CRPCI_UNLIKELY(l->unsent > l->most_unsent)) /* before more replies are made */
         crpci_loop_run_list(l, &l->dirty);
-}
-
-/* The queue of a request for a worker: that of its peer's account. */
-CRPCI_FN crpci_worker_flow *crpci_context_flow(crpc_context *x)
-{
-    return CRPC_ENABLE_POLICY ? &((crpci_peer_account *)x->conn->account)->flow : &x->server->flow;
 }
 
 /* Hands a request to the workers, or makes it a task of its loop, which is locked then. Returns
@@ -24319,6 +24346,7 @@ CRPCI_FN void crpci_listener_configure(const crpc_server *s, crpci_conn *conn)
 {
     int64_t first = s->options.first_request_ms, idle = s->options.idle_timeout_ms;
     conn->protocols = crpci_protocols;
+    conn->tx_sum = &conn->loop->unsent;
     conn->screen = s->options.access.authenticate ? crpci_auth_screen : NULL;
     conn->max_body = (uint32_t)s->options.limits.max_body;
     conn->max_skip = s->options.max_skip;
