@@ -175,7 +175,7 @@ static void keep_line(void *user, int level, const char *line)
 /* Each takes no more than max_queued, but together they would take all of max_bytes. */
 static void peers_that_do_not_read_leave_memory_for_others(void **state)
 {
-    enum { DEAF = 12, ASKED = 60, SIZE = 60000 };
+    enum { DEAF = 24, ASKED = 60, SIZE = 60000 };
     crpc_poller p;
     (void)state;
     NET_EACH_POLLER(p)
