@@ -577,7 +577,7 @@
  *     replay_entries         none        CRPC_ELIMIT for requests with an id
  *     replay_bytes           4 MiB       a repeated request gets CRPC_EINTERNAL
  *     max_results            1024        CRPC_ELIMIT
- *     max_bytes              256 MiB     CRPC_ENOMEM, or the connection is closed
+ *     max_bytes              256 MiB     CRPC_ELIMIT, CRPC_ENOMEM, or a connection is closed; below
  *     URL                    2047 bytes  CRPC_EINVAL
  *
  * All connections of one host are an account: an IPv4 address, the /64 of a global IPv6 address, a
@@ -587,15 +587,30 @@
  * takes one of its connections: one that has asked for nothing yet, else the one that has been idle
  * for longest, never one with a request in service. A gateway that stands for a hundred boards
  * needs a weight. The same shares hold for max_concurrency, worker_queue and replay_entries.
- * Workers take one request of each host in turn, and one ordering key gets at most half of the
- * places to wait. crpc_server_peers_walk shows what each host holds.
+ * Workers take one request of each host in turn; one whose reply is large counts as one for each
+ * 64 KiB. One ordering key gets at most half of the places to wait. crpc_server_peers_walk shows
+ * what each host holds.
+ *
+ * The max_bytes of each loop that serves is shared out, too. Half of it is for large requests,
+ * those over 64 KiB. When the first 64 KiB of one have come, it takes a place of its announced
+ * size, until its bytes are freed. A host has at most half of these places, whatever its weight, so
+ * that the largest request of another host still finds one; max_body is therefore at most a quarter
+ * of max_bytes. A request that finds no place is not read for up to a second, then it gets
+ * CRPC_ELIMIT and is skipped. While one waits, those that come slower than 61 KiB/s, or after 2 s
+ * slower than 977 KiB/s, lose their connections. A quarter is for replies that peers have not taken
+ * yet. When they take more, the host with the most bytes of them, by its weight, loses the
+ * connection that has taken nothing for longest. So a server with large replies for many slow peers
+ * needs a larger max_bytes. Log lines name the peers, crpc_loop_stats.evicted counts them.
  *
  * Not promised: attackers with as many addresses as max_connections can still shut others out, so
- * admit only known networks (access.allow). Large bodies and replies of all peers come out of one
- * max_bytes: while some peers fill it, requests of others get CRPC_ELIMIT or lose their connection.
- * A function in access.authenticate that takes long holds up all connections of its loop. A host
- * that fails to authenticate too often (max_failures) shuts itself out, and with it the peers that
- * share its address, for as long as it goes on.
+ * admit only known networks (access.allow). Two hosts that send large requests at a fair pace can
+ * take all places for these, for frame_timeout_ms at a time; large requests of others then get
+ * CRPC_ELIMIT, small ones are served. Memory that handlers hold has no share: smaller requests that
+ * stay in service, attachments of replies that are not finished, crpc_context_alloc. Only
+ * max_concurrency bounds how many there are. Processor time has no share either, besides that of
+ * workers. A function in access.authenticate that takes long holds up all connections of its loop.
+ * A host that fails to authenticate too often (max_failures) shuts itself out, and with it the peers
+ * that share its address, for as long as it goes on.
  *
  * A server with access.authenticate serves only peers that it has accepted. The credential belongs
  * to the connection, as in brpc: whoever can write to the connection acts under its identity. A
@@ -648,7 +663,8 @@
  * What is refused now: values out of range, which were clamped in part; a URL key given twice; port
  * 0 in a channel's URL; a registry URL that is none, already in crpc_server_open; lb=hash with
  * neither a key nor hash_field; a number that is no crpc_status as the result of a handler (only
- * crpc_context_fail sets an application's code); what CRPC_ENABLE_POLICY=0 leaves out.
+ * crpc_context_fail sets an application's code); a server's max_body over a quarter of max_bytes;
+ * what CRPC_ENABLE_POLICY=0 leaves out.
  *
  * What behaves otherwise: a timeout in a channel's URL or options goes before the one in the
  * .proto. A host name gives all its addresses as providers, sixteen at most. A hash_field that the
@@ -1104,7 +1120,8 @@ typedef struct crpc_loop_stats {
     uint64_t requests;     /* requests received */
     uint64_t limited;      /* requests refused with CRPC_ELIMIT before they were served */
     uint64_t refused;      /* connections that a server refused: access.allow, max_connections */
-    uint64_t evicted;      /* connections of a server closed in favour of other hosts */
+    uint64_t evicted;      /* connections of a server closed because others need their place or
+                              their memory */
     uint64_t auth_failed;  /* messages refused with CRPC_EAUTH by access.authenticate */
     uint64_t auth_barred;  /* messages refused so without asking it: access.max_failures */
     uint64_t lost_lines;   /* log lines dropped because stderr was full */
@@ -1286,7 +1303,8 @@ typedef struct crpc_directory_options {
 
 /* How much a peer can make this process hold. */
 typedef struct crpc_limits {
-    int64_t max_body;   /* bytes of a received message and attachment. 0: 64 MiB. -1: 2 GiB - 1 */
+    int64_t max_body;   /* bytes of a received message and attachment. 0: 64 MiB. -1: 2 GiB - 1. Of
+                           a server both become a quarter of max_bytes if that is less */
     int64_t max_queued; /* unsent bytes on a connection. Beyond them a channel's call fails with
                            CRPC_EOVERCROWDED, and a server stops reading. 0: 16 MiB, of a server
                            4 MiB. -1: no limit */
@@ -1786,7 +1804,8 @@ typedef struct crpc_server_options {
     int first_request_ms; /* a new connection must send a request in this time. 0: 60000. -1: no
                              limit */
     crpc_access_options access;
-    crpc_limits limits;  /* max_body: of a request; max_queued: of unsent replies */
+    crpc_limits limits;  /* max_body: of a request, at most a quarter of max_bytes; max_queued: of
+                            unsent replies */
     int64_t max_skip;    /* a request over max_body, but not over this, is skipped and answered with
                             CRPC_EREQUEST; beyond it the connection is closed. 0: 256 MiB. -1: every
                             oversize request closes its connection */
@@ -2883,6 +2902,8 @@ CRPCI_COLD int crpci_status_set_name(crpc_error *error, int code)
 #define CRPCI_CHUNK_CLASSES 14u /* 256 bytes to 2 MiB; larger ones are never kept */
 #define CRPCI_CHUNK_BIG (CRPCI_CHUNK_MIN << (CRPCI_CHUNK_CLASSES - 1))
 #define CRPCI_HEAP_KEEP (256u << 10) /* bytes that are kept whatever the load was */
+#define CRPCI_HEAP_LARGE (64u << 10) /* a received message over this size is large */
+#define CRPCI_CHUNK_PLACE 0x100u     /* in a chunk's size_class: `next` is a crpci_heap_place */
 
 typedef struct crpci_chunk crpci_chunk;
 /* The kept chunks of one size. `unneeded` is the fewest that there were at any time since the last
@@ -2895,6 +2916,9 @@ typedef struct crpci_heap_class {
     uint32_t unneeded;
 } crpci_heap_class;
 
+/* The limit is shared out: half of it is the pot for large messages that are received or in
+ * service, which are admitted by their announced size; a quarter is for replies that peers have not
+ * taken, which the server's connections count; the rest is for everything else. */
 typedef struct crpci_heap {
     crpc_hooks hooks;
     crpci_mutex lock;
@@ -2902,6 +2926,8 @@ typedef struct crpci_heap {
     size_t limit; /* of chunk_bytes and kept_bytes together; 0: no limit */
     size_t chunk_bytes; /* in chunks that are in use */
     size_t kept_bytes;  /* in chunks that wait for reuse; read without the lock, too */
+    size_t large_bytes; /* of large messages that were admitted; not all may have come yet */
+    struct crpci_heap_place *places; /* list of them */
     size_t bytes;       /* everything */
     size_t peak;        /* the most that `bytes` ever was */
     uint32_t lost_lines; /* atomic: lines that stderr could not take */
@@ -2916,9 +2942,18 @@ struct crpci_chunk {
     crpci_heap *heap;
     crpci_chunk *next;
     uint32_t refs;
-    uint32_t size_class; /* CRPCI_CHUNK_CLASSES: too large to be kept */
+    uint32_t size_class; /* CRPCI_CHUNK_CLASSES: too large to be kept. Or with CRPCI_CHUNK_PLACE */
     size_t cap;          /* bytes behind the header */
 };
+
+/* What one large message takes of the pot for these, from its admission until its bytes are freed:
+ * its connection has it, then the chunk that holds the whole message. */
+typedef struct crpci_heap_place {
+    struct crpci_heap_place *next;
+    struct crpci_heap_place **at; /* what points to this one */
+    const void *owner;
+    size_t size;
+} crpci_heap_place;
 
 /* The bytes behind the header are aligned for any type, on 32-bit targets too. */
 #define CRPCI_CHUNK_HEADER ((sizeof(crpci_chunk) + 15) & ~(size_t)15)
@@ -3330,6 +3365,61 @@ CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
     return c;
 }
 
+/* Whether `owner` may have a large message of `size` bytes: when the pot holds it, and not more
+ * than half of the pot is the owner's then, so that the largest one of another owner fits. The heap
+ * is locked. */
+CRPCI_COLD bool crpci_heap_has_place(const crpci_heap *h, size_t size, const void *owner)
+{
+    const size_t heads = CRPCI_HEAP_LARGE; /* max_body, at most a quarter of the limit, has none */
+    const crpci_heap_place *p;
+    if (!h->limit)
+        return true;
+    if (h->large_bytes + size > h->limit / 2 + heads)
+        return false;
+    for (p = h->places; p && size <= h->limit / 4 + heads; p = p->next)
+        size += p->owner == owner ? p->size : 0;
+    return size <= h->limit / 4 + heads;
+}
+
+/* Admits a large message of `size` bytes; `owner` is only compared. NULL: there is no place for it
+ * now, or out of memory. */
+CRPCI_COLD crpci_heap_place *crpci_heap_admit(crpci_heap *h, size_t size, const void *owner)
+{
+    crpci_heap_place *p = NULL;
+    crpci_thread_lock(&h->lock);
+    if (crpci_heap_has_place(h, size, owner))
+        p = (crpci_heap_place *)crpci_heap_resize_locked(h, NULL, 0, sizeof *p);
+    if (p) {
+        p->owner = owner;
+        p->size = size;
+        h->large_bytes += size;
+        p->next = h->places;
+        p->at = &h->places;
+        if (p->next)
+            p->next->at = &p->next;
+        h->places = p;
+    }
+    crpci_thread_unlock(&h->lock);
+    return p;
+}
+
+/* Gives a place back. The heap is locked. */
+CRPCI_COLD void crpci_heap_leave(crpci_heap *h, crpci_heap_place *p)
+{
+    h->large_bytes -= p->size;
+    *p->at = p->next;
+    if (p->next)
+        p->next->at = p->at;
+    crpci_heap_resize_locked(h, p, sizeof *p, 0);
+}
+
+/* Gives a place to a chunk, which gives it back when it is freed. */
+CRPCI_COLD void crpci_heap_attach(crpci_chunk *c, crpci_heap_place *p)
+{
+    c->size_class |= CRPCI_CHUNK_PLACE;
+    c->next = (crpci_chunk *)(void *)p;
+}
+
 CRPCI_FN void crpci_heap_chunk_ref(crpci_chunk *c)
 {
     crpci_thread_ref(&c->refs);
@@ -3347,6 +3437,10 @@ CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
     total = c->cap + CRPCI_CHUNK_HEADER;
     crpci_thread_lock(&h->lock);
     h->chunk_bytes -= total;
+    if (CRPCI_UNLIKELY(c->size_class >= CRPCI_CHUNK_PLACE)) {
+        crpci_heap_leave(h, (crpci_heap_place *)(void *)c->next);
+        c->size_class -= CRPCI_CHUNK_PLACE;
+    }
     if (CRPCI_LIKELY(c->size_class < CRPCI_CHUNK_CLASSES)) {
         crpci_heap_class *k = &h->classes[c->size_class];
         c->next = k->kept;
@@ -5984,6 +6078,7 @@ typedef enum crpci_loop_line_kind {
     CRPCI_LOOP_LINE_BAD,    /* a peer broke its protocol */
     CRPCI_LOOP_LINE_ACCEPT, /* accept failed */
     CRPCI_LOOP_LINE_AUTH,   /* a host fails to authenticate too often */
+    CRPCI_LOOP_LINE_EVICT,  /* a connection was closed because others need its memory */
     CRPCI_LOOP_LINE_KINDS
 } crpci_loop_line_kind;
 
@@ -6065,6 +6160,10 @@ struct crpc_loop {
     uint32_t spare_refs; /* references of it that are counted already, to be given away */
     uint32_t random;
     crpci_timer age; /* frees what the heap keeps and nobody needs */
+    crpci_list admissions;       /* accepted connections with a large message that has to wait */
+    crpci_timer admission_timer; /* while there are any */
+    int64_t unsent;      /* bytes of memory that the queues of accepted connections take */
+    int64_t most_unsent; /* beyond which one of them has to go */
     /* options */
     bool forbid_threads;
     char thread_name[16];
@@ -7104,12 +7203,14 @@ CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_opti
     crpci_loop_task_init(&l->write_lines, crpci_loop_write_lines);
     crpci_list_init(&l->followers);
     crpci_list_init(&l->conns);
+    crpci_list_init(&l->admissions);
     crpci_list_init(&l->endpoints);
     crpci_list_init(&l->registries);
     l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
     snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
     l->stack_size = o->stack_size;
     l->max_results = o->max_results;
+    l->most_unsent = h->limit ? (int64_t)(h->limit / 4) : INT64_MAX;
     l->last_step = crpci_loop_now(l);
     crpci_timer_open(&l->timers, l->last_step);
     crpci_timer_init(&l->age, crpci_drive_on_age);
@@ -8488,13 +8589,16 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
 
 /* Bytes and frames that one connection may use up in one step of the loop, so that a flooding peer
  * cannot starve the others. The rest waits for the next step. */
-#define CRPCI_CONN_READ ((64u << 10) - CRPCI_CHUNK_HEADER)
+#define CRPCI_CONN_READ (CRPCI_HEAP_LARGE - CRPCI_CHUNK_HEADER)
 #define CRPCI_CONN_FRAMES 128
 
 #define CRPCI_CONN_IOV 64    /* pieces in one send */
 #define CRPCI_CONN_SHORT 512 /* frames up to this size are copied together before a send */
 #define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of such copies in one send */
 #define CRPCI_CONN_ROUNDS 16 /* sends in a row before a flush hands over to the loop's driver */
+/* Bytes that the driver sends of one connection in one step, because the kernel may take 4 MiB at
+ * once. It sends on when unsent replies take much memory: only then it knows who takes none. */
+#define CRPCI_CONN_SEND (256u << 10)
 
 /* Whether there are transports besides plain sockets, and protocols besides baidu_std. While there
  * are none the compiler drops what only those need. Tests bring their own. */
@@ -8666,6 +8770,9 @@ struct crpci_conn {
     size_t rx_need;     /* bytes to collect in rx before it grows or is parsed */
     size_t rx_total;    /* bytes that the protocol asked for */
     int64_t rx_since;   /* when the partial message began, for frame_timeout_ms */
+    crpci_list admission; /* in loop->admissions while it waits, paused, with a large message */
+    crpci_heap_place *place; /* of the large message in rx, until a chunk for all of it has it */
+    int64_t large_us;   /* since when it waits, then when that message was admitted */
     uint32_t max_body;
     int32_t frame_timeout_ms; /* 0: none */
     int32_t write_timeout_ms; /* 0: none */
@@ -8678,6 +8785,8 @@ struct crpci_conn {
     crpci_out **tx_end;
     int64_t tx_bytes;
     int64_t tx_memory; /* bytes of memory in the queue: small frames take more than tx_bytes */
+    int64_t *tx_sum; /* where they are added up: loop->unsent, of accepted connections; or tx_own */
+    int64_t tx_own;
     int64_t opened_us;
     int64_t old_us;     /* from then on it is closed when it is idle. 0: never */
     int64_t arrived_us; /* when input was read last, also that in `left` */
@@ -8722,6 +8831,13 @@ CRPCI_FN void crpci_conn_out_free(crpci_out *o)
     crpci_heap_chunk_unref(o->tail_chunk);
     if (!o->owner)
         crpci_heap_chunk_unref(o->chunk);
+}
+
+/* Charges a connection, and the sum that it counts for, with memory of its queue. */
+CRPCI_FN void crpci_conn_charge(crpci_conn *c, int64_t more)
+{
+    c->tx_memory += more;
+    *c->tx_sum += more;
 }
 
 /* Lets a frame that can no longer be withdrawn outlive the call that owned it. If it borrows the
@@ -8793,6 +8909,18 @@ CRPCI_FN void crpci_conn_out_free_all(crpci_out **list)
     }
 }
 
+/* Gives back the place of a large message, if the connection has it. */
+CRPCI_FN void crpci_conn_leave(crpci_conn *c)
+{
+    crpci_heap *h = c->loop->heap;
+    if (!CRPC_ENABLE_SERVER || CRPCI_LIKELY(!c->place))
+        return;
+    crpci_thread_lock(&h->lock);
+    crpci_heap_leave(h, c->place);
+    crpci_thread_unlock(&h->lock);
+    c->place = NULL;
+}
+
 /* After a close: releases the queue, the buffers and the descriptor, unless a thread without the
  * lock still uses them. */
 CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
@@ -8803,6 +8931,7 @@ CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
     if (c->order)
         crpci_conn_out_free_all(&c->order->held);
     c->tx_end = &c->tx_head;
+    crpci_conn_leave(c);
     crpci_heap_chunk_unref(c->rx);
     crpci_heap_chunk_unref(c->left);
     c->rx = c->left = NULL;
@@ -8831,6 +8960,8 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     if (c->closed)
         return;
     c->closed = true;
+    *c->tx_sum -= c->tx_memory;
+    c->tx_sum = &c->tx_own;
     crpci_conn_gone(c);
     c->why = why;
     c->why_errno = why_errno;
@@ -8839,6 +8970,7 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     crpci_timer_cancel(&c->timer);
     crpci_list_remove(&c->flush.link);
     crpci_list_remove(&c->resume.link);
+    crpci_list_remove(&c->admission);
     crpci_list_remove(&c->link);
     if (CRPCI_RULE_P7) {
         if (c->reading || c->writing)
@@ -9060,6 +9192,18 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
     }
 }
 
+/* Cuts a batch down to CRPCI_CONN_SEND bytes. */
+CRPCI_COLD void crpci_conn_clip(crpci_conn_batch *b)
+{
+    size_t left = CRPCI_CONN_SEND;
+    int i;
+    for (i = 0; i < b->count && left; i++) {
+        b->iov[i].iov_len = crpci_base_min(b->iov[i].iov_len, left);
+        left -= b->iov[i].iov_len;
+    }
+    b->count = i;
+}
+
 /* Accounts for `n` sent bytes. Complete frames leave the queue, and their owners are told. */
 CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
 {
@@ -9080,7 +9224,7 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         if (!c->tx_head)
             c->tx_end = &c->tx_head;
         o->queued = false;
-        c->tx_memory -= crpci_conn_out_memory(o);
+        crpci_conn_charge(c, -crpci_conn_out_memory(o));
         chunk = o->owner ? NULL : o->chunk;
         tail = o->tail_chunk;
         if (!c->closed) /* else the owner got `closed`, and may have freed itself */
@@ -9112,10 +9256,11 @@ CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int cou
     crpci_out *o = c->tx_head;
     size_t offered = 0;
     c->blocked = true;
-    if (c->write_timeout_ms && !c->stalled_us) {
+    if (!c->stalled_us) {
         c->stalled_us = crpci_loop_now(c->loop);
         c->stalled_bytes = crpci_sock_unsent(c->fd);
-        crpci_conn_timer_by(c, c->stalled_us + (int64_t)c->write_timeout_ms * 1000);
+        if (c->write_timeout_ms)
+            crpci_conn_timer_by(c, c->stalled_us + (int64_t)c->write_timeout_ms * 1000);
     }
     if (!crpci_conn_is_plain(c) && c->io->flags & CRPCI_TRANSPORT_REPEAT) {
         while (count)
@@ -9134,7 +9279,7 @@ CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int cou
 CRPCI_COLD int64_t crpci_conn_stall_end(crpci_conn *c, int64_t now)
 {
     int unsent = crpci_sock_unsent(c->fd);
-    if (!c->stalled_us)
+    if (!c->stalled_us || !c->write_timeout_ms)
         return INT64_MAX;
     if (unsent < c->stalled_bytes) {
         c->stalled_bytes = unsent;
@@ -9177,12 +9322,18 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         ssize_t n;
         if (rounds++ >= CRPCI_CONN_ROUNDS && l->driver) {
             /* Other threads append as fast as this one sends: the loop's driver goes on, so that a
-             * synchronous caller can return to its own call. */
+             * synchronous caller can return to its own call. Or there is so much to send that other
+             * connections have to wait: it goes on in the driver's next step. */
             crpci_loop_queue(&l->dirty, &c->flush);
             crpci_loop_kick(l);
             break;
         }
         crpci_conn_gather(c, &batch);
+        if (CRPCI_UNLIKELY(c->tx_bytes > CRPCI_CONN_SEND) && l->unsent < l->most_unsent / 2 &&
+            !c->tx_head->committed) {
+            crpci_conn_clip(&batch);
+            rounds = l->driver == CRPCI_LOOP_WORKING ? CRPCI_CONN_ROUNDS : rounds;
+        }
         count = batch.count;
         if (!crpci_conn_is_plain(c))
             count = crpci_conn_may_offer(c, &batch);
@@ -9238,7 +9389,7 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
     *c->tx_end = o;
     c->tx_end = &o->next;
     c->tx_bytes += (int64_t)crpci_conn_out_len(o);
-    c->tx_memory += crpci_conn_out_memory(o);
+    crpci_conn_charge(c, crpci_conn_out_memory(o));
     if (!c->blocked && !c->writing)
         crpci_loop_queue(&c->loop->dirty, &c->flush);
 }
@@ -9259,11 +9410,11 @@ CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
     o->turn = turn;
     o->next = *at;
     *at = o;
-    c->tx_memory += crpci_conn_out_memory(o);
+    crpci_conn_charge(c, crpci_conn_out_memory(o));
     while ((o = q->held) != NULL && o->turn == q->turn_due) {
         q->turn_due++;
         q->held = o->next;
-        c->tx_memory -= crpci_conn_out_memory(o);
+        crpci_conn_charge(c, -crpci_conn_out_memory(o));
         crpci_conn_queue(c, o);
     }
 }
@@ -9280,7 +9431,7 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
     if (!o->next)
         c->tx_end = at;
     c->tx_bytes -= (int64_t)crpci_conn_out_len(o);
-    c->tx_memory -= crpci_conn_out_memory(o);
+    crpci_conn_charge(c, -crpci_conn_out_memory(o));
     o->queued = false;
     crpci_conn_out_free(o);
     return true;
@@ -9298,22 +9449,34 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 
 #define CRPCI_RECEIVE_LEAST (2048 - CRPCI_CHUNK_HEADER) /* bytes for a partial message */
 
-/* Closes a connection whose peer broke its protocol, with a warning that says how. */
-CRPCI_FN void crpci_receive_bad(crpci_conn *c, const char *what)
+/* Warns that a connection is about to be closed, and why. */
+CRPCI_COLD void crpci_receive_warn(crpci_conn *c, crpci_loop_line_kind kind, const char *what)
 {
     char peer[CRPCI_SOCK_NAME_MAX], own[CRPC_ADDRESS_MAX];
     crpci_addr local;
-    c->loop->stats.bad_frames++;
     crpci_sock_name_format(&c->peer, peer, sizeof peer);
     crpci_sock_local(c->fd, &local);
     crpci_sock_format(&local, own, sizeof own);
     if (c->protocols)
-        crpci_loop_log(c->loop, CRPCI_LOOP_LINE_BAD, "server %s: connection from %s closed: %s",
-                       own, peer, what);
+        crpci_loop_log(c->loop, kind, "server %s: connection from %s closed: %s", own, peer, what);
     else
-        crpci_loop_log(c->loop, CRPCI_LOOP_LINE_BAD, "provider %s: connection closed: %s", peer,
-                       what);
+        crpci_loop_log(c->loop, kind, "provider %s: connection closed: %s", peer, what);
+}
+
+/* Closes a connection whose peer broke its protocol, with a warning that says how. */
+CRPCI_FN void crpci_receive_bad(crpci_conn *c, const char *what)
+{
+    c->loop->stats.bad_frames++;
+    crpci_receive_warn(c, CRPCI_LOOP_LINE_BAD, what);
     crpci_conn_close(c, CRPC_ERESPONSE, 0);
+}
+
+/* Closes an accepted connection because other peers need the memory that it holds. */
+CRPCI_COLD void crpci_receive_evict(crpci_conn *c, const char *what)
+{
+    c->loop->stats.evicted++;
+    crpci_receive_warn(c, CRPCI_LOOP_LINE_EVICT, what);
+    crpci_conn_close(c, CRPC_ECLOSE, 0);
 }
 
 /* A partial message is buffered: starts its timeout, unless the timer fires earlier for another
@@ -9437,6 +9600,13 @@ CRPCI_FN size_t crpci_receive_parse(crpci_conn *c, crpci_chunk *chunk, const uin
     return c->protocol->feed(c, chunk, p, n);
 }
 
+/* Whether the message that is coming needs admission: a server takes a large one in only if the pot
+ * for such messages holds all of it. */
+CRPCI_FN bool crpci_receive_is_large(const crpci_conn *c)
+{
+    return CRPC_ENABLE_SERVER && c->protocols && c->rx_total > CRPCI_HEAP_LARGE;
+}
+
 /* Moves the first `have` bytes of a message into a new, larger c->rx. It has room for twice as
  * many, because a peer must not reserve memory by announcing large sizes; for the whole message
  * when a fifth of it is there. Doubling to the end would copy an attachment of 1 MiB twice. False:
@@ -9445,7 +9615,9 @@ CRPCI_FN bool crpci_receive_reserve(crpci_conn *c, const uint8_t *p, size_t have
 {
     size_t room = have > CRPCI_RECEIVE_LEAST / 2 ? 2 * have : CRPCI_RECEIVE_LEAST;
     crpci_chunk *chunk;
-    if (room > c->rx_total || have >= c->rx_total / 5)
+    if (crpci_receive_is_large(c) && !c->place)
+        room = crpci_base_min(room, CRPCI_CONN_READ);
+    else if (room > c->rx_total || have >= c->rx_total / 5)
         room = c->rx_total;
     chunk = crpci_heap_chunk(c->loop->heap, room);
     if (!chunk) {
@@ -9457,8 +9629,111 @@ CRPCI_FN bool crpci_receive_reserve(crpci_conn *c, const uint8_t *p, size_t have
     c->rx = chunk;
     c->rx_len = have;
     c->rx_need = crpci_base_min(chunk->cap, c->rx_total);
+    if (c->place && chunk->cap >= c->rx_total) {
+        crpci_heap_attach(chunk, c->place);
+        c->place = NULL;
+    }
     return true;
 }
+
+/* --- large messages --------------------------------------------------------------------------- */
+
+/* A large message asks for its place when its first 64 KiB have come. Until it has one the
+ * connection is not read, for a second at most. */
+#define CRPCI_RECEIVE_WAIT  1000000 /* microseconds */
+#define CRPCI_RECEIVE_RETRY 20000
+
+/* Takes a place for the message whose beginning is in c->rx. False: there is none now. */
+CRPCI_COLD bool crpci_receive_admit(crpci_conn *c)
+{
+    c->place = crpci_heap_admit(c->loop->heap, c->rx_total, c->account ? c->account : c);
+    if (c->place)
+        c->large_us = crpci_loop_now(c->loop);
+    return c->place != NULL;
+}
+
+/* Refuses the message whose beginning is in c->rx, and skips the rest: to the protocol it is one
+ * over max_body. */
+CRPCI_COLD void crpci_receive_refuse(crpci_conn *c)
+{
+    crpci_chunk *chunk = c->rx;
+    uint32_t most = c->max_body;
+    size_t used;
+    c->rx = NULL;
+    c->max_body = 0;
+    used = c->protocol->feed(c, chunk, crpci_heap_data(chunk), c->rx_len);
+    c->max_body = most;
+    if (!used)
+        crpci_conn_close(c, CRPC_ENOMEM, 0); /* its head alone is almost 64 KiB */
+    else if (c->skip)
+        c->skip -= c->rx_len - used;
+    crpci_heap_chunk_unref(chunk);
+}
+
+/* Whether an admitted message comes so slowly that it has to go when others wait: less than a byte
+ * in 16 us, 61 KiB/s, or after 2 s less than a byte in 1 us, 977 KiB/s. */
+CRPCI_COLD bool crpci_receive_lags(const crpci_conn *c, int64_t now)
+{
+    int64_t us = now - c->large_us;
+    bool admitted = c->place || (c->rx && c->rx->size_class & CRPCI_CHUNK_PLACE);
+    return admitted && ((int64_t)c->rx_len * 16 < us || us > 2000000 + (int64_t)c->rx_total);
+}
+
+/* While messages wait: makes room, admits those for which there is a place now, first come first,
+ * and refuses those that have waited for long enough. */
+CRPCI_COLD void crpci_receive_on_admission(crpc_loop *l, crpci_timer *t)
+{
+    int64_t now = crpci_loop_now(l);
+    const void *crowded = NULL; /* the account of the one before, which had no place */
+    crpci_list *i, *next, now_waiting;
+    for (i = l->conns.next; i != &l->conns; i = next) {
+        crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
+        next = i->next;
+        if (crpci_receive_lags(c, now))
+            crpci_receive_evict(c, CRPCI_STATUS_TEXT("its large request comes too slowly while "
+                                                     "others wait for memory"));
+    }
+    crpci_list_move(&now_waiting, &l->admissions);
+    while (!crpci_list_empty(&now_waiting)) {
+        crpci_conn *c = CRPCI_CONTAINER(now_waiting.next, crpci_conn, admission);
+        bool full = crowded && c->account == crowded;
+        crpci_list_remove(&c->admission);
+        if ((full || !crpci_receive_admit(c)) && now - c->large_us < CRPCI_RECEIVE_WAIT) {
+            crpci_list_append(&l->admissions, &c->admission);
+            crowded = c->account;
+            continue;
+        }
+        crpci_conn_hold(c);
+        if (c->place)
+            crpci_receive_reserve(c, crpci_heap_data(c->rx), c->rx_len);
+        else
+            crpci_receive_refuse(c);
+        crpci_conn_pause(c, false);
+        crpci_conn_drop(c);
+    }
+    if (!crpci_list_empty(&l->admissions))
+        crpci_loop_timer_set(l, t, CRPCI_RECEIVE_RETRY);
+}
+
+/* c->rx holds the beginning of a large message: asks for its admission, and stops reading while it
+ * waits. */
+CRPCI_COLD void crpci_receive_ask(crpci_conn *c)
+{
+    crpc_loop *l = c->loop;
+    if (crpci_receive_admit(c)) {
+        crpci_receive_reserve(c, crpci_heap_data(c->rx), c->rx_len);
+        return;
+    }
+    c->large_us = crpci_loop_now(l);
+    crpci_conn_pause(c, true);
+    if (!l->admission_timer.prev) {
+        crpci_timer_init(&l->admission_timer, crpci_receive_on_admission);
+        crpci_loop_timer_set(l, &l->admission_timer, CRPCI_RECEIVE_RETRY);
+    }
+    crpci_list_append(&l->admissions, &c->admission);
+}
+
+/* --- partial messages ------------------------------------------------------------------------- */
 
 /* c->rx holds the bytes that were asked for: parses them, and grows if the protocol needs more. A
  * message that waits for a verdict stays there, with rx_len equal to rx_need. */
@@ -9474,7 +9749,11 @@ CRPCI_FN void crpci_receive_full(crpci_conn *c)
         c->rx = chunk;
     }
     c->rx_need = c->rx_total;
-    if (c->rx_total > chunk->cap)
+    if (c->rx_total <= chunk->cap)
+        return;
+    if (crpci_receive_is_large(c) && !c->place && c->rx_len >= CRPCI_CONN_READ)
+        crpci_receive_ask(c);
+    else
         crpci_receive_reserve(c, crpci_heap_data(chunk), c->rx_len);
 }
 
@@ -9502,6 +9781,8 @@ CRPCI_FN size_t crpci_receive_feed_one(crpci_conn *c, crpci_chunk *chunk, const 
         !crpci_receive_reserve(c, p, n))
         return used;
     crpci_receive_begun(c);
+    if (c->rx_len == c->rx_need) /* a large message of which all was read that it may have now */
+        crpci_receive_full(c);
     return n;
 }
 
@@ -9747,7 +10028,9 @@ CRPCI_FN crpci_conn *crpci_connect_new(crpc_loop *l, int fd, bool connecting,
     c->connecting = connecting;
     c->max_body = INT32_MAX;
     c->tx_end = &c->tx_head;
+    c->tx_sum = &c->tx_own;
     crpci_list_init(&c->cancels);
+    crpci_list_init(&c->admission);
     c->opened_us = c->active_us = c->arrived_us = crpci_loop_now(l);
     crpci_watch_init(&c->watch, crpci_connect_event);
     crpci_loop_task_init(&c->flush, crpci_conn_flush_task);
@@ -21387,7 +21670,10 @@ typedef struct crpci_worker_flow {
     crpci_list link;  /* in the pool's flows, while there are tasks */
     crpci_list tasks; /* crpci_task; `run` is called without a lock, its loop is NULL */
     int64_t queued;
+    uint32_t debt; /* turns that it leaves to others, because its tasks were large */
 } crpci_worker_flow;
+
+#define CRPCI_WORKER_DEBT 256u /* the most turns that a flow can owe */
 
 /* Started by the server, one pool for all its listeners and I/O threads. */
 typedef struct crpci_worker_pool {
@@ -21407,6 +21693,7 @@ CRPCI_FN void crpci_worker_flow_init(crpci_worker_flow *f)
     crpci_list_init(&f->link);
     crpci_list_init(&f->tasks);
     f->queued = 0;
+    f->debt = 0;
 }
 
 /* Whether one more task of a flow may wait. An idle worker takes a task at once, so each adds one
@@ -21445,11 +21732,27 @@ CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_worker_flow *f, crpci
     return room;
 }
 
-/* Takes the first task of the first flow, which goes to the end. Locked. */
+/* A task of a flow was as much work as `turns` others: the flow leaves so many turns to flows that
+ * have tasks meanwhile. */
+CRPCI_COLD void crpci_worker_charge(crpci_worker_pool *p, crpci_worker_flow *f, size_t turns)
+{
+    crpci_thread_lock(&p->lock);
+    f->debt = (uint32_t)crpci_base_min(f->debt + turns, CRPCI_WORKER_DEBT);
+    crpci_thread_unlock(&p->lock);
+}
+
+/* Takes the first task of the first flow without a debt; the flow goes to the end. Locked. */
 CRPCI_FN crpci_task *crpci_worker_take(crpci_worker_pool *p)
 {
     crpci_worker_flow *f = CRPCI_CONTAINER(p->flows.next, crpci_worker_flow, link);
-    crpci_task *t = CRPCI_CONTAINER(f->tasks.next, crpci_task, link);
+    crpci_task *t;
+    while (CRPCI_UNLIKELY(f->debt) && f->link.next != &p->flows) {
+        f->debt--;
+        crpci_list_remove(&f->link);
+        crpci_list_append(&p->flows, &f->link);
+        f = CRPCI_CONTAINER(p->flows.next, crpci_worker_flow, link);
+    }
+    t = CRPCI_CONTAINER(f->tasks.next, crpci_task, link);
     crpci_list_remove(&t->link);
     crpci_list_remove(&f->link);
     p->queued--;
@@ -21995,6 +22298,7 @@ typedef struct crpci_peer_account {
     crpci_sock_name key;
     uint32_t weight;
     uint32_t held[CRPCI_PEER_RESOURCES];
+    uint64_t unsent; /* scratch of crpci_peer_find_stalled: bytes of replies on one loop */
     crpci_limiter_bucket rates[CRPCI_PEER_RATES];
     crpci_worker_flow flow;      /* under the lock of the worker pool */
 } crpci_peer_account;
@@ -22211,6 +22515,42 @@ CRPCI_COLD crpci_peer_account *crpci_peer_largest(crpci_peer_table *t,
     if (now_us >= t->top[what].again_us)
         crpci_peer_compare(t, what, now_us);
     return at[0] && at[0] != but ? at[0] : at[1] != but ? at[1] : NULL;
+}
+
+/* The connection of server `s` on a loop that follows `c`; NULL: the first one. Returns NULL at the
+ * end. The loop is locked. */
+CRPCI_COLD crpci_conn *crpci_peer_next_conn(const crpc_server *s, crpc_loop *l, const crpci_conn *c)
+{
+    crpci_list *i;
+    for (i = c ? c->link.next : l->conns.next; i != &l->conns; i = i->next) {
+        crpci_conn *next = CRPCI_CONTAINER(i, crpci_conn, link);
+        if (next->owner == s)
+            return next;
+    }
+    return NULL;
+}
+
+/* Of the server's connections on a loop whose peers take no replies, the one that has been so for
+ * longest, among those of the account with most bytes of unsent replies by its weight. NULL: there
+ * is none. The loop is locked, and the table, because loops share accounts. */
+CRPCI_COLD crpci_conn *crpci_peer_find_stalled(const crpc_server *s, crpc_loop *l)
+{
+    crpci_conn *c = NULL, *found = NULL;
+    uint64_t most = 0;
+    while (CRPC_ENABLE_POLICY && (c = crpci_peer_next_conn(s, l, c)) != NULL)
+        ((crpci_peer_account *)c->account)->unsent = 0;
+    while (CRPC_ENABLE_POLICY && (c = crpci_peer_next_conn(s, l, c)) != NULL)
+        ((crpci_peer_account *)c->account)->unsent += (uint64_t)c->tx_memory;
+    while ((c = crpci_peer_next_conn(s, l, c)) != NULL) {
+        const crpci_peer_account *a = (const crpci_peer_account *)c->account;
+        uint64_t held = CRPC_ENABLE_POLICY ? a->unsent / a->weight : (uint64_t)c->tx_memory;
+        if (c->blocked &&
+            (!found || held > most || (held == most && c->stalled_us < found->stalled_us))) {
+            found = c;
+            most = held;
+        }
+    }
+    return found;
 }
 
 /* Copies the accounts to a new array of *count; NULL: there are none, or out of memory. */
@@ -22759,16 +23099,41 @@ CRPCI_COLD void crpci_context_reject(crpc_context *x)
         crpci_context_release(s, conn->loop);
 }
 
+/* Unsent replies take more than their part of max_bytes: closes connections whose peers take none
+ * until they do not, or until what is left has not been offered to its peers yet. Locked. */
+CRPCI_COLD void crpci_context_relieve(crpc_server *s, crpc_loop *l)
+{
+    char why[120];
+    while (l->unsent > l->most_unsent) {
+        crpci_conn *c;
+        if (CRPC_ENABLE_POLICY)
+            crpci_thread_lock(&s->guard.lock);
+        c = crpci_peer_find_stalled(s, l);
+        if (CRPC_ENABLE_POLICY)
+            crpci_thread_unlock(&s->guard.lock);
+        if (!c)
+            return;
+        crpci_status_format(why, sizeof why,
+                            "its peer does not take its replies, %lld bytes, and all replies "
+                            "together are over a quarter of max_bytes",
+                            (long long)c->tx_memory);
+        crpci_receive_evict(c, why);
+    }
+}
+
 /* Stops reading a connection that has CRPCI_CONTEXT_CONN_MAX requests in service, or whose unsent
  * replies take more than max_queued bytes; reads it again when both have fallen to half, unless it
- * waits for a verdict. Locked. */
+ * waits for a verdict or for its admission. May close connections, this one too, so that replies of
+ * all do not take too much. Locked. */
 CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
 {
-    const crpc_server *s = (const crpc_server *)conn->owner;
+    crpc_server *s = (crpc_server *)conn->owner;
     int64_t max = s->options.limits.max_queued;
+    if (CRPCI_UNLIKELY(conn->loop->unsent > conn->loop->most_unsent))
+        crpci_context_relieve(s, conn->loop);
     if (!conn->paused && (conn->busy >= CRPCI_CONTEXT_CONN_MAX || (max && conn->tx_memory > max)))
         crpci_conn_pause(conn, true);
-    else if (conn->paused && !crpci_receive_waits(conn) &&
+    else if (conn->paused && !crpci_receive_waits(conn) && crpci_list_empty(&conn->admission) &&
              conn->busy < CRPCI_CONTEXT_CONN_MAX / 2 &&
              (!max || conn->tx_memory <= max / 2))
         crpci_conn_pause(conn, false);
@@ -22805,13 +23170,19 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
                                status);
 }
 
+/* The queue of a request for a worker: that of its peer's account. */
+CRPCI_FN crpci_worker_flow *crpci_context_flow(crpc_context *x)
+{
+    return CRPC_ENABLE_POLICY ? &((crpci_peer_account *)x->conn->account)->flow : &x->server->flow;
+}
+
 /* Ends a request up to the queueing of its reply: runs the interceptors' `after` in reverse order
  * and encodes the reply. Without the lock, because encoding may take long. If the server has
  * stopped there is no reply: crpc_server_close may have returned, so services and interceptors of
  * the program must not be touched. */
 CRPCI_FN void crpci_context_conclude(crpc_context *x, int status)
 {
-    const crpc_server *s = x->server;
+    crpc_server *s = x->server;
     crpci_message m;
     int code;
     if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPED)) {
@@ -22831,6 +23202,9 @@ CRPCI_FN void crpci_context_conclude(crpc_context *x, int status)
                        "server: out of memory: a client takes the handler's error for crpc's own");
     x->reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code, &m)
                                                        : s->guard.ops->encode(x, code);
+    if (s->worker_count && x->reply && crpci_conn_out_len(x->reply) > CRPCI_HEAP_LARGE)
+        crpci_worker_charge(&s->workers, crpci_context_flow(x),
+                            crpci_conn_out_len(x->reply) / CRPCI_HEAP_LARGE);
 }
 
 /* Frees the context of a concluded request and queues its reply; the caller or the driver sends it.
@@ -22951,12 +23325,8 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
     crpci_loop_user_end(l);
     if (status != CRPC_EPENDING && crpci_context_reply(x))
         crpci_context_release(s, l);
-}
-
-/* The queue of a request for a worker: that of its peer's account. */
-CRPCI_FN crpci_worker_flow *crpci_context_flow(crpc_context *x)
-{
-    return CRPC_ENABLE_POLICY ? &((crpci_peer_account *)x->conn->account)->flow : &x->server->flow;
+    if (CRPCI_UNLIKELY(l->unsent > l->most_unsent)) /* before more replies are made */
+        crpci_loop_run_list(l, &l->dirty);
 }
 
 /* Hands a request to the workers, or makes it a task of its loop, which is locked then. Returns
@@ -23999,6 +24369,7 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
     if (CRPCI_UNLIKELY(conn->refused)) {
         crpci_context_refuse(conn, m, CRPC_ELIMIT,
                              "the server has too many connections (max_connections)");
+        crpci_context_throttle(conn);
         return;
     }
     if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) && !conn->is_crpc) {
@@ -24017,8 +24388,8 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
     crpci_context_throttle(conn);
 }
 
-/* A request's head announces a body over max_body. The connection skips the body; it is never
- * buffered. */
+/* A request's head announces a body over max_body, which is 0 while crpci_receive_refuse refuses a
+ * body for lack of memory. The connection skips the body; it is never buffered. */
 CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_message *m, uint64_t body)
 {
     char text[128];
@@ -24027,7 +24398,12 @@ CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_message *
     crpci_status_format(text, sizeof text, "request of %llu bytes is over max_body, %u",
                         (unsigned long long)body, conn->max_body);
     conn->loop->stats.requests++;
-    crpci_intake_refuse(conn, m, CRPC_EREQUEST, text);
+    if (conn->max_body)
+        crpci_intake_refuse(conn, m, CRPC_EREQUEST, text);
+    else
+        crpci_intake_refuse(
+            conn, m, CRPC_ELIMIT,
+            CRPCI_STATUS_TEXT("no memory for a large request became free in time (max_bytes)"));
     crpci_context_throttle(conn);
 }
 
@@ -24259,6 +24635,7 @@ CRPCI_FN void crpci_listener_configure(const crpc_server *s, crpci_conn *conn)
 {
     int64_t first = s->options.first_request_ms, idle = s->options.idle_timeout_ms;
     conn->protocols = crpci_protocols;
+    conn->tx_sum = &conn->loop->unsent;
     conn->screen = s->options.access.authenticate ? crpci_auth_screen : NULL;
     conn->max_body = (uint32_t)s->options.limits.max_body;
     conn->max_skip = s->options.max_skip;
@@ -25061,6 +25438,26 @@ CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_opti
     s->guard.all = o->ordered > 0 || o->rate_per_client > 0;
 }
 
+/* A request must fit into half of the pot for large messages of the loops that serve. A max_body
+ * that the program did not choose becomes so much. */
+CRPCI_COLD int crpci_lifecycle_fit_body(crpc_server *s, int64_t chosen, crpc_error *error)
+{
+    crpc_loop_options lo = s->options.loops;
+    int64_t *body = &s->options.limits.max_body, limit = (int64_t)s->heap->limit;
+    crpci_options_fill(&crpci_drive_options, &lo);
+    if (s->options.io_threads)
+        limit = lo.max_bytes;
+    if (!limit || *body <= limit / 4)
+        return CRPC_OK;
+    if (chosen > 0)
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "max_body: %lld is over a quarter of max_bytes, %lld; raise "
+                                "max_bytes of the loop that serves, or lower max_body",
+                                (long long)chosen, (long long)limit);
+    *body = limit / 4 ? limit / 4 : 1;
+    return CRPC_OK;
+}
+
 /* With `keep` replaces the texts of the options by copies, because the program may free its own;
  * without it frees the copies. CRPC_ENOMEM: some are NULL now. */
 CRPCI_COLD int crpci_lifecycle_keep_texts(crpc_server *s, bool keep)
@@ -25142,6 +25539,8 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     if (crpci_lifecycle_keep_texts(s, true) || (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
         err = crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
+    if (!err)
+        err = crpci_lifecycle_fit_body(s, o.limits.max_body, error);
     if (!err)
         err = crpci_peer_read_networks(&s->listener.allow, s->heap, o.access.allow, "allow", false,
                                        error);

@@ -33,6 +33,11 @@ static CT_UNUSED void pump_open(pump *u, crpc_poller p, way w, const crpc_server
     }
     if (o.loops.hooks.clock_us)
         lo.hooks.clock_us = o.loops.hooks.clock_us;
+    lo.max_bytes = o.loops.max_bytes;
+    if (o.loops.hooks.log) {
+        lo.hooks.log = o.loops.hooks.log;
+        lo.hooks.log_level = CRPC_LOG_WARN;
+    }
     assert_int_equal(crpc_loop_open(&u->loop, &lo), CRPC_OK);
     o.loop = u->loop;
     o.listen = listen_url;
@@ -127,6 +132,54 @@ static CT_UNUSED void expect_end(pump *u, int fd)
         n = recv(fd, &c, 1, 0);
     } while (n > 0);
     assert_true(n == 0 || errno == ECONNRESET);
+}
+
+/* A connection from an address of its own, and the server's side of it. */
+static CT_UNUSED int pump_connect_from(pump *u, const char *from, crpci_conn **c)
+{
+    uint32_t before = pump_stats(u).connections;
+    int fd = wire_connect_from(u->url, from);
+    PUMP_UNTIL(u, pump_stats(u).connections == before + 1);
+    *c = CRPCI_CONTAINER(u->loop->conns.prev, crpci_conn, link);
+    return fd;
+}
+
+/* Sends what the server takes: until all is sent, or nothing more goes out for some steps. */
+static CT_UNUSED size_t pump_push(pump *u, int fd, const void *bytes, size_t n)
+{
+    size_t sent = 0;
+    int idle;
+    for (idle = 0; idle < 50 && sent < n; idle++) {
+        ssize_t more = send(fd, (const char *)bytes + sent, n - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (more > 0) {
+            sent += (size_t)more;
+            idle = 0;
+        }
+        assert_int_equal(crpc_loop_step(u->loop, 0), CRPC_OK);
+    }
+    return sent;
+}
+
+/* Reads the frame of a reply, however large, while the server runs. */
+static CT_UNUSED void pump_receive(pump *u, int fd, wire_message *m)
+{
+    size_t size = 12, got = 0;
+    unsigned char *frame = (unsigned char *)malloc(size);
+    int64_t end = ct_now_ms() + NET_PATIENCE;
+    while (got < size) {
+        ssize_t n = recv(fd, frame + got, size - got, MSG_DONTWAIT);
+        assert_true(n > 0 || (n < 0 && errno == EAGAIN));
+        got += n > 0 ? (size_t)n : 0;
+        if (size == 12 && got == 12) {
+            size += crpci_base_get32(frame + 4);
+            frame = (unsigned char *)realloc(frame, size);
+        }
+        assert_int_equal(crpc_loop_step(u->loop, 0), CRPC_OK);
+        assert_true(ct_now_ms() < end);
+    }
+    memset(m, 0, sizeof *m);
+    m->all = frame;
+    wire_walk(m, frame + 12, frame + 12 + crpci_base_get32(frame + 8), 0);
 }
 
 static CT_UNUSED wire three_requests(void)

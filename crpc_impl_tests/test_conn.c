@@ -164,6 +164,69 @@ static void slow_readers_are_paused_and_memory_is_bounded(void **state)
     }
 }
 
+static char line_of_eviction[600];
+
+static void keep_line(void *user, int level, const char *line)
+{
+    (void)user, (void)level;
+    snprintf(line_of_eviction, sizeof line_of_eviction, "%s", line);
+}
+
+/* Each takes no more than max_queued, but together they would take all of max_bytes. */
+static void peers_that_do_not_read_leave_memory_for_others(void **state)
+{
+    enum { DEAF = 24, ASKED = 60, SIZE = 60000 };
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        char *bytes = net_bytes(SIZE);
+        wire_request_options ro;
+        wire w = {NULL, 0, 0}, one = {NULL, 0, 0};
+        crpc_server_options o;
+        int deaf[DEAF], honest, i, small = 4096;
+        crpci_conn *c;
+        pump u;
+        memset(&o, 0, sizeof o);
+        memset(&ro, 0, sizeof ro);
+        o.loops.max_bytes = 8 << 20;
+        o.limits.max_queued = 1 << 20;
+        o.loops.hooks.log = keep_line;
+        ro.attachment = SIZE;
+        for (i = 0; i < ASKED; i++)
+            wire_request_body(&w, "dyn.Echo", "Pass", i, bytes, SIZE, &ro);
+        wire_request_body(&one, "dyn.Echo", "Pass", 7, bytes, SIZE, &ro);
+        pump_open(&u, p, WAY_TCP, &o);
+        honest = pump_connect_from(&u, "127.0.0.1", &c);
+        for (i = 0; i < DEAF; i++) {
+            int sndbuf = 65536;
+            wire_message m;
+            deaf[i] = pump_connect_from(&u, "127.0.0.2", &c);
+            setsockopt(deaf[i], SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
+            setsockopt(c->fd, SOL_SOCKET, SO_SNDBUF, &sndbuf, sizeof sndbuf);
+            pump_push(&u, deaf[i], w.p, w.n);
+            assert_true(u.loop->unsent <= (2 << 20) + 2 * SIZE);
+            assert_int_equal(pump_push(&u, honest, one.p, one.n), one.n);
+            pump_receive(&u, honest, &m);
+            assert_int_equal(m.id, 7);
+            assert_int_equal(m.code, 0);
+            wire_done(&m);
+        }
+        assert_true(pump_stats(&u).evicted > 0);
+        assert_non_null(strstr(line_of_eviction, "connection from 127.0.0.2:"));
+        assert_non_null(strstr(line_of_eviction, " closed: its peer does not take its replies, "));
+        for (i = 0; i < DEAF; i++)
+            close(deaf[i]);
+        close(honest);
+        PUMP_UNTIL(&u, pump_stats(&u).connections == 0);
+        assert_int_equal(u.loop->unsent, 0);
+        wire_free(&w);
+        wire_free(&one);
+        free(bytes);
+        pump_close(&u);
+    }
+}
+
 /* --- ends --------------------------------------------------------------------------------------
  */
 
@@ -1006,6 +1069,7 @@ int main(void)
         CT_TEST(a_send_that_fails_after_the_close_leaves_no_task),
         CT_TEST(small_socket_buffers),
         CT_TEST(slow_readers_are_paused_and_memory_is_bounded),
+        CT_TEST(peers_that_do_not_read_leave_memory_for_others),
         CT_TEST(half_closed_connections_get_their_replies),
         CT_TEST(half_closed_with_replies_that_come_late),
         CT_TEST(resets_in_the_middle_of_replies),

@@ -279,6 +279,69 @@ static void the_limit_counts_kept_chunks_too(void **state)
     crpci_heap_unref(h);
 }
 
+static void give_back(crpci_heap *h, crpci_heap_place *p)
+{
+    crpci_thread_lock(&h->lock);
+    crpci_heap_leave(h, p);
+    crpci_thread_unlock(&h->lock);
+}
+
+/* Half of the limit is for large messages, and half of that for each owner. */
+static void large_messages_have_places_by_their_announced_size(void **state)
+{
+    enum { LIMIT = 8 << 20, MOST = LIMIT / 4 };
+    crpci_heap *h = heap_open(LIMIT), *unlimited = heap_open(0);
+    int a, b, c;
+    crpci_heap_place *of_a, *of_b, *of_c;
+    crpci_chunk *chunk;
+    (void)state;
+    of_a = crpci_heap_admit(h, MOST + 12, &a); /* max_body, with a head */
+    assert_non_null(of_a);
+    assert_int_equal(h->large_bytes, MOST + 12);
+    assert_int_equal(h->chunk_bytes, 0);
+    assert_null(crpci_heap_admit(h, 100000, &a));
+    of_b = crpci_heap_admit(h, MOST + 12, &b);
+    assert_non_null(of_b);
+    assert_null(crpci_heap_admit(h, 100000, &c));
+    give_back(h, of_a);
+    assert_null(crpci_heap_admit(h, 100000, &b));
+    assert_null(crpci_heap_admit(h, MOST + 100000, &c));
+    of_c = crpci_heap_admit(h, MOST - 100000, &c);
+    of_a = crpci_heap_admit(h, 100000, &a);
+    assert_non_null(of_c);
+    assert_non_null(of_a);
+    give_back(h, of_b);
+
+    chunk = crpci_heap_chunk(h, 100000);
+    crpci_heap_attach(chunk, of_a);
+    crpci_heap_chunk_ref(chunk);
+    crpci_heap_chunk_unref(chunk);
+    assert_int_equal(h->large_bytes, MOST);
+    crpci_heap_chunk_unref(chunk); /* with its last reference */
+    assert_int_equal(h->large_bytes, MOST - 100000);
+    assert_ptr_equal(crpci_heap_chunk(h, 100000), chunk); /* kept like any other */
+    crpci_heap_chunk_unref(chunk);
+    give_back(h, of_c);
+    assert_null(h->places);
+    assert_int_equal(h->large_bytes, 0);
+
+    chunk = crpci_heap_chunk(h, 3 << 20); /* one that is never kept */
+    crpci_heap_attach(chunk, crpci_heap_admit(h, MOST, &a));
+    crpci_heap_chunk_unref(chunk);
+    assert_int_equal(h->large_bytes, 0);
+    ct_alloc_of_test()->fail_at = ct_alloc_of_test()->calls + 1;
+    assert_null(crpci_heap_admit(h, 100000, &a));
+    assert_int_equal(h->large_bytes, 0);
+    crpci_heap_unref(h);
+
+    of_a = crpci_heap_admit(unlimited, (size_t)INT32_MAX, &a);
+    of_b = crpci_heap_admit(unlimited, (size_t)INT32_MAX, &a);
+    assert_true(of_a && of_b);
+    give_back(unlimited, of_a);
+    give_back(unlimited, of_b);
+    crpci_heap_unref(unlimited);
+}
+
 static void limit_holds_and_is_given_back(void **state)
 {
     crpci_heap *h = heap_open(1024);
@@ -550,6 +613,7 @@ int main(void)
         CT_TEST(warm_chunks_come_without_the_allocator),
         CT_TEST(kept_chunks_are_bounded),
         CT_TEST(the_limit_counts_kept_chunks_too),
+        CT_TEST(large_messages_have_places_by_their_announced_size),
         CT_TEST(limit_holds_and_is_given_back),
         CT_TEST(absurd_sizes_are_refused_before_the_allocator),
         CT_TEST(chunks_outlive_the_heaps_owner),

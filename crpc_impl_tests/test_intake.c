@@ -73,6 +73,38 @@ static void missing_handlers_are_missing_methods(void **state)
     crpc_server_close(s);
 }
 
+/* Workers leave so many turns to other hosts. */
+static void a_large_reply_counts_as_several_requests(void **state)
+{
+    enum { SIZE = 200000 };
+    char *bytes = net_bytes(SIZE);
+    wire w = {NULL, 0, 0};
+    wire_request_options ro;
+    crpc_server_options o;
+    wire_message m;
+    crpci_conn *c;
+    pump u;
+    int fd;
+    (void)state;
+    memset(&o, 0, sizeof o);
+    memset(&ro, 0, sizeof ro);
+    o.workers = 1;
+    ro.attachment = SIZE;
+    wire_request_body(&w, "dyn.Echo", "Pass", 1, bytes, SIZE, &ro);
+    pump_open(&u, CRPC_POLLER_DEFAULT, WAY_TCP, &o);
+    fd = pump_connect_from(&u, "127.0.0.1", &c);
+    assert_int_equal(pump_push(&u, fd, w.p, w.n), w.n);
+    pump_receive(&u, fd, &m);
+    assert_int_equal(m.code, 0);
+    if (CRPC_ENABLE_POLICY)
+        assert_int_equal(((crpci_peer_account *)c->account)->flow.debt, SIZE / 65536);
+    wire_done(&m);
+    close(fd);
+    wire_free(&w);
+    free(bytes);
+    pump_close(&u);
+}
+
 static void unsupported_requests_are_refused_with_the_reason(void **state)
 {
     crpc_poller p;
@@ -641,6 +673,7 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(an_old_connection_is_closed_when_it_is_idle),
+        CT_TEST(a_large_reply_counts_as_several_requests),
         CT_TEST(names_and_codes_are_brpcs),
         CT_TEST(missing_handlers_are_missing_methods),
         CT_TEST(unsupported_requests_are_refused_with_the_reason),

@@ -912,11 +912,46 @@ static void wrong_options_are_refused(void **state)
     assert_string_equal(error.text, "log_level=5: at most 4");
 }
 
+/* Half of max_bytes is for large requests, and a request may take half of that. */
+static void max_body_is_at_most_a_quarter_of_max_bytes(void **state)
+{
+    crpc_server_options o;
+    crpc_server *s;
+    crpc_error error;
+    int io;
+    (void)state;
+    for (io = 0; io < 2; io++) { /* the limit of the loops that serve */
+        memset(&o, 0, sizeof o);
+        o.io_threads = io;
+        assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
+        assert_int_equal(s->options.limits.max_body, 64 << 20);
+        crpc_server_close(s);
+        o.limits.max_body = (64 << 20) + 1;
+        assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_EINVAL);
+        assert_string_equal(error.text,
+                            "max_body: 67108865 is over a quarter of max_bytes, 268435456; raise "
+                            "max_bytes of the loop that serves, or lower max_body");
+        o.loops.max_bytes = -1;
+        assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
+        crpc_server_close(s);
+        o.loops.max_bytes = 1 << 20;
+        o.limits.max_body = 1 << 18;
+        assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
+        crpc_server_close(s);
+        for (o.limits.max_body = -1; o.limits.max_body <= 0; o.limits.max_body++) {
+            assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
+            assert_int_equal(s->options.limits.max_body, 1 << 18);
+            crpc_server_close(s);
+        }
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(debug_builds_report_a_second_close),
         CT_TEST(wrong_options_are_refused),
+        CT_TEST(max_body_is_at_most_a_quarter_of_max_bytes),
         CT_TEST(services_are_added_once),
         CT_TEST(a_server_without_a_listener_does_not_start),
         CT_TEST(options_are_copied_when_a_server_opens),

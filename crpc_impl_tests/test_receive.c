@@ -314,6 +314,216 @@ static void announced_bytes_take_no_memory(void **state)
     }
 }
 
+/* --- large messages share a pot --------------------------------------------------------------- */
+
+#define POT_BYTES (8 << 20) /* max_bytes: half of it is the pot, a quarter the most of one host */
+#define MOST      (POT_BYTES / 4 - 1000)
+
+static char line_of_pots[600];
+
+static void keep_line_of_pots(void *user, int level, const char *line)
+{
+    (void)user, (void)level;
+    snprintf(line_of_pots, sizeof line_of_pots, "%s", line);
+}
+
+static void pot_open(pump *u, crpc_poller p)
+{
+    crpc_server_options o;
+    memset(&o, 0, sizeof o);
+    o.loops.max_bytes = POT_BYTES;
+    o.loops.hooks.clock_us = net_clock_us;
+    o.loops.hooks.log = keep_line_of_pots;
+    o.frame_timeout_ms = -1;
+    net_time_begin(NET_TIME_STANDS);
+    line_of_pots[0] = '\0';
+    pump_open(u, p, WAY_TCP, &o);
+}
+
+static void pot_close(pump *u)
+{
+    net_time_run();
+    PUMP_UNTIL(u, pump_stats(u).connections == 0);
+    assert_int_equal(u->loop->heap->large_bytes, 0);
+    assert_null(u->loop->heap->places);
+    assert_int_equal(u->loop->unsent, 0);
+    pump_close(u);
+}
+
+/* A request for the attachment that it brings. */
+static wire pass_of(int64_t id, size_t size)
+{
+    char *bytes = net_bytes(size);
+    wire_request_options o;
+    wire w = {NULL, 0, 0};
+    memset(&o, 0, sizeof o);
+    o.attachment = (int64_t)size;
+    wire_request_body(&w, "dyn.Echo", "Pass", id, bytes, size, &o);
+    free(bytes);
+    return w;
+}
+
+static void expect_pass(pump *u, int fd, int64_t id)
+{
+    wire_message m;
+    pump_receive(u, fd, &m);
+    assert_int_equal(m.id, id);
+    assert_int_equal(m.code, 0);
+    wire_done(&m);
+}
+
+/* All but the last byte of bodies that together would fill max_bytes. */
+static void a_host_cannot_take_the_memory_for_requests_of_others(void **state)
+{
+    enum { GREEDY = 6 };
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        wire body = pass_of(1, 1536 << 10), large = pass_of(2, MOST), small = pass_of(3, 9);
+        int greedy[GREEDY], honest, i;
+        crpci_conn *c;
+        pump u;
+        pot_open(&u, p);
+        for (i = 0; i < GREEDY; i++) {
+            greedy[i] = pump_connect_from(&u, "127.0.0.2", &c);
+            pump_push(&u, greedy[i], body.p, body.n - 1);
+        }
+        honest = pump_connect_from(&u, "127.0.0.1", &c);
+        assert_int_equal(pump_push(&u, honest, large.p, large.n), large.n);
+        expect_pass(&u, honest, 2);
+        assert_int_equal(pump_push(&u, honest, small.p, small.n), small.n);
+        expect_pass(&u, honest, 3);
+        assert_int_equal(pump_stats(&u).evicted, 0);
+        for (i = 0; i < GREEDY; i++)
+            close(greedy[i]);
+        close(honest);
+        wire_free(&body);
+        wire_free(&large);
+        wire_free(&small);
+        pot_close(&u);
+    }
+}
+
+/* The request is skipped, and the connection is served on. */
+static void a_large_request_without_a_place_is_refused_after_a_second(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        wire body = pass_of(1, 1536 << 10), small = pass_of(3, 9);
+        int first, second;
+        crpci_conn *c, *waiting;
+        wire_message m;
+        size_t sent;
+        pump u;
+        pot_open(&u, p);
+        first = pump_connect_from(&u, "127.0.0.2", &c);
+        assert_int_equal(pump_push(&u, first, body.p, body.n - 1), body.n - 1);
+        PUMP_UNTIL(&u, c->rx_len == body.n - 1);
+        second = pump_connect_from(&u, "127.0.0.2", &waiting);
+        sent = pump_push(&u, second, body.p, body.n);
+        assert_false(crpci_list_empty(&waiting->admission));
+        assert_true(waiting->paused && waiting->rx_len < 70000);
+        net_time_add(999);
+        pump_step(&u);
+        pump_step(&u);
+        assert_false(crpci_list_empty(&waiting->admission));
+        net_time_add(CRPCI_RECEIVE_RETRY / 1000 + 2);
+        pump_receive(&u, second, &m);
+        assert_int_equal(m.id, 1);
+        assert_int_equal(m.code, CRPC_ELIMIT);
+        assert_string_equal(m.text,
+                            "no memory for a large request became free in time (max_bytes)");
+        wire_done(&m);
+        assert_int_equal(sent + pump_push(&u, second, body.p + sent, body.n - sent), body.n);
+        assert_int_equal(pump_push(&u, second, small.p, small.n), small.n);
+        expect_pass(&u, second, 3);
+        assert_int_equal(pump_push(&u, first, body.p + body.n - 1, 1), 1);
+        expect_pass(&u, first, 1); /* what was admitted was not touched */
+        close(first);
+        close(second);
+        wire_free(&body);
+        wire_free(&small);
+        pot_close(&u);
+    }
+}
+
+/* Also when another one that waited has gone. */
+static void a_large_request_that_waits_gets_the_place_that_becomes_free(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        wire body = pass_of(1, 1536 << 10);
+        int first, second, third, i;
+        crpci_conn *c;
+        size_t sent;
+        pump u;
+        pot_open(&u, p);
+        first = pump_connect_from(&u, "127.0.0.2", &c);
+        pump_push(&u, first, body.p, body.n - 1);
+        second = pump_connect_from(&u, "127.0.0.2", &c);
+        pump_push(&u, second, body.p, body.n);
+        third = pump_connect_from(&u, "127.0.0.2", &c);
+        sent = pump_push(&u, third, body.p, body.n);
+        assert_false(crpci_list_empty(&c->admission));
+        wire_reset(second); /* which waits, too */
+        wire_reset(first);
+        for (i = 0; i < 40 && !crpci_list_empty(&c->admission); i++) {
+            net_time_add(20);
+            pump_step(&u);
+        }
+        assert_int_equal(sent + pump_push(&u, third, body.p + sent, body.n - sent), body.n);
+        expect_pass(&u, third, 1);
+        close(third);
+        wire_free(&body);
+        pot_close(&u);
+    }
+}
+
+/* Two hosts have announced as much as the pot holds, and send no more. */
+static void a_large_request_that_stalls_goes_when_another_waits(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        wire body = pass_of(1, MOST);
+        int stalled[2], honest, i;
+        crpci_conn *c;
+        size_t sent;
+        pump u;
+        pot_open(&u, p);
+        for (i = 0; i < 2; i++) {
+            stalled[i] = pump_connect_from(&u, i ? "127.0.0.3" : "127.0.0.2", &c);
+            assert_int_equal(pump_push(&u, stalled[i], body.p, 66000), 66000);
+            PUMP_UNTIL(&u, c->rx_len == 66000);
+        }
+        net_time_add(20000); /* nobody waits: no harm */
+        pump_step(&u);
+        assert_int_equal(pump_stats(&u).connections, 2);
+        honest = pump_connect_from(&u, "127.0.0.1", &c);
+        sent = pump_push(&u, honest, body.p, body.n);
+        assert_false(crpci_list_empty(&c->admission));
+        net_time_add(CRPCI_RECEIVE_RETRY / 1000 + 2);
+        PUMP_UNTIL(&u, crpci_list_empty(&c->admission));
+        assert_int_equal(sent + pump_push(&u, honest, body.p + sent, body.n - sent), body.n);
+        expect_pass(&u, honest, 1);
+        assert_int_equal(pump_stats(&u).evicted, 2);
+        assert_non_null(strstr(line_of_pots, "connection from 127.0.0."));
+        assert_non_null(strstr(line_of_pots, " closed: its large request comes too slowly while "
+                                             "others wait for memory"));
+        for (i = 0; i < 2; i++)
+            close(stalled[i]);
+        close(honest);
+        wire_free(&body);
+        pot_close(&u);
+    }
+}
+
 static void rubbish_closes(void **state)
 {
     static const struct {
@@ -532,6 +742,10 @@ int main(void)
         CT_TEST(oversize_requests_get_an_answer),
         CT_TEST(absurd_sizes_close_and_allocate_nothing),
         CT_TEST(announced_bytes_take_no_memory),
+        CT_TEST(a_host_cannot_take_the_memory_for_requests_of_others),
+        CT_TEST(a_large_request_without_a_place_is_refused_after_a_second),
+        CT_TEST(a_large_request_that_waits_gets_the_place_that_becomes_free),
+        CT_TEST(a_large_request_that_stalls_goes_when_another_waits),
         CT_TEST(rubbish_closes),
         CT_TEST(rubbish_from_a_server_fails_the_call),
         CT_TEST(replies_split_anywhere),

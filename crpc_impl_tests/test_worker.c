@@ -136,6 +136,38 @@ static void hosts_take_turns(void **state)
     crpci_heap_unref(h);
 }
 
+/* A host whose requests are large gives way to others, but not to nobody. */
+static void large_tasks_count_as_several(void **state)
+{
+    static const int expected[] = {0, 101, 102, 1, 103, 2, 3, 4};
+    crpci_heap *h = heap();
+    crpci_worker_pool pool;
+    crpci_worker_flow other;
+    int i;
+    (void)state;
+    reset(false);
+    crpci_worker_flow_init(&other);
+    assert_int_equal(crpci_worker_start(&pool, h, 1, 0, 65536), CRPC_OK);
+    assert_true(crpci_worker_put(&pool, &flow, job_of(0), false));
+    assert_true(CT_WAIT(get(&running) == 1, 20000));
+    for (i = 1; i <= 4; i++)
+        assert_true(crpci_worker_put(&pool, &flow, job_of(i), false));
+    for (i = 101; i <= 103; i++)
+        assert_true(crpci_worker_put(&pool, &other, job_of(i), false));
+    crpci_worker_charge(&pool, &flow, 2);
+    open_gate();
+    assert_true(CT_WAIT(get(&ran) == 8, 20000));
+    assert_memory_equal(order, expected, sizeof expected);
+    crpci_worker_charge(&pool, &flow, SIZE_MAX / 2);
+    crpci_worker_charge(&pool, &flow, 1000);
+    assert_int_equal(flow.debt, CRPCI_WORKER_DEBT);
+    assert_true(crpci_worker_put(&pool, &flow, job_of(5), false)); /* no other has a task */
+    assert_true(CT_WAIT(get(&ran) == 9, 20000));
+    crpci_worker_stop(&pool, h, 1);
+    crpci_worker_free(&pool);
+    crpci_heap_unref(h);
+}
+
 static void the_queue_is_bounded(void **state)
 {
     crpci_heap *h = heap();
@@ -250,7 +282,8 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(one_worker_keeps_the_order), CT_TEST(all_workers_work),
-        CT_TEST(hosts_take_turns), CT_TEST(the_queue_is_bounded),       CT_TEST(no_task_is_taken_after_the_stop),
+        CT_TEST(hosts_take_turns), CT_TEST(large_tasks_count_as_several),
+        CT_TEST(the_queue_is_bounded), CT_TEST(no_task_is_taken_after_the_stop),
         CT_TEST(many_threads_may_push),      CT_TEST(starting_survives_being_out_of_memory),
     };
     return CT_RUN(tests);

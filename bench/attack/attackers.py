@@ -193,6 +193,22 @@ class announce(Holder):
         return b"PRPC" + struct.pack(">II", size, len(meta)) + meta + b"x" * (48 * KIB)
 
 
+class uploads(Holder):
+    """64 bodies of 4 MiB, together max_bytes, are sent to each loop, but for their last byte"""
+    each = 64
+    honest = ("--attachment", "70k")    # which needs such memory, too
+
+    def setup(self):
+        meta = wire.target() + wire.number(4, 1)
+        size = len(meta) + 4 * MIB
+        self.data = b"PRPC" + struct.pack(">II", size, len(meta)) + meta + b"x" * (4 * MIB - 1)
+        self.count = self.each * self.loops
+        super().setup()
+
+    def first(self, number):
+        return self.data
+
+
 class drop(Attack):
     """replies of nine sizes, 16 KiB to 4 MiB, are asked for, and the connections closed unread"""
     receive_buffer = 4 * KIB
@@ -341,8 +357,8 @@ class hot_key(deferred):
 
 
 ATTACKS = {attack.__name__: attack for attack in (
-    announce, drop, deaf, polls, metas, garbage, silent, resets, deaf_unix, half, unknown, pipeline,
-    deferred, hot_key)}
+    announce, uploads, drop, deaf, polls, metas, garbage, silent, resets, deaf_unix, half, unknown,
+    pipeline, deferred, hot_key)}
 
 
 # --- the sink -------------------------------------------------------------------------------------
