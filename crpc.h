@@ -23121,22 +23121,28 @@ CRPCI_COLD void crpci_context_relieve(crpc_server *s, crpc_loop *l)
     }
 }
 
+CRPCI_COLD void crpci_context_regulate(crpci_conn *conn, int64_t max)
+{
+    if (conn->loop->unsent > conn->loop->most_unsent)
+        crpci_context_relieve((crpc_server *)conn->owner, conn->loop);
+    if (!conn->paused && (conn->busy >= CRPCI_CONTEXT_CONN_MAX || (max && conn->tx_memory > max)))
+        crpci_conn_pause(conn, true);
+    else if (conn->paused && !crpci_receive_waits(conn) && crpci_list_empty(&conn->admission) &&
+             conn->busy < CRPCI_CONTEXT_CONN_MAX / 2 && (!max || conn->tx_memory <= max / 2))
+        crpci_conn_pause(conn, false);
+}
+
 /* Stops reading a connection that has CRPCI_CONTEXT_CONN_MAX requests in service, or whose unsent
  * replies take more than max_queued bytes; reads it again when both have fallen to half, unless it
  * waits for a verdict or for its admission. May close connections, this one too, so that replies of
  * all do not take too much. Locked. */
 CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
 {
-    crpc_server *s = (crpc_server *)conn->owner;
-    int64_t max = s->options.limits.max_queued;
-    if (CRPCI_UNLIKELY(conn->loop->unsent > conn->loop->most_unsent))
-        crpci_context_relieve(s, conn->loop);
-    if (!conn->paused && (conn->busy >= CRPCI_CONTEXT_CONN_MAX || (max && conn->tx_memory > max)))
-        crpci_conn_pause(conn, true);
-    else if (conn->paused && !crpci_receive_waits(conn) && crpci_list_empty(&conn->admission) &&
-             conn->busy < CRPCI_CONTEXT_CONN_MAX / 2 &&
-             (!max || conn->tx_memory <= max / 2))
-        crpci_conn_pause(conn, false);
+    int64_t max = ((const crpc_server *)conn->owner)->options.limits.max_queued; /* 0: no limit */
+    if (CRPCI_UNLIKELY(conn->paused || conn->busy >= CRPCI_CONTEXT_CONN_MAX ||
+                       (uint64_t)conn->tx_memory > (uint64_t)max - 1 ||
+                       conn->loop->unsent > conn->loop->most_unsent))
+        crpci_context_regulate(conn, max);
 }
 
 /* After the end of input: closes the connection when every request is answered and every reply
