@@ -209,6 +209,7 @@ typedef struct net {
     crpc_channel_options channel_options;
     const char *listen; /* NULL: tcp://127.0.0.1:0 */
     const char *query;  /* ?key=value of the channel's URL */
+    const dyn_Echo_handlers *handlers; /* NULL: net_handlers */
     net_time time;
     net_service service;
     crpc_loop *loop; /* the server's */
@@ -254,7 +255,9 @@ CT_FN void net_open_server(net *n, crpc_poller poller, net_mode mode)
         n->server_options.workers = 2;
     if (crpc_server_open(&n->server, &n->server_options, &error))
         fail_msg("%s", error.text);
-    assert_int_equal(crpc_server_add(n->server, &dyn_Echo, &net_handlers, &n->service), CRPC_OK);
+    assert_int_equal(crpc_server_add(n->server, &dyn_Echo,
+                                     n->handlers ? n->handlers : &net_handlers, &n->service),
+                     CRPC_OK);
     if (crpc_server_start(n->server, &error))
         fail_msg("%s", error.text);
     assert_int_equal(crpc_server_address(n->server, 0, n->url, sizeof n->url), CRPC_OK);
@@ -327,7 +330,8 @@ typedef struct net_callers {
     crpc_channel *channel;
     uint32_t ended;    /* atomic: no more calls */
     uint32_t answered; /* atomic */
-    uint32_t lost;     /* atomic: calls whose request was sent, or perhaps, and that have no reply */
+    uint32_t failed;   /* atomic: all others */
+    uint32_t lost;     /* atomic: of these, requests that were sent, or perhaps, and have no reply */
 } net_callers;
 
 CT_FN void *net_call_on(void *arg)
@@ -339,9 +343,12 @@ CT_FN void *net_call_on(void *arg)
         int err = dyn_Echo_Add(c->channel, &in, &out, &call);
         if (!err) {
             __atomic_fetch_add(&c->answered, 1, __ATOMIC_RELAXED);
-        } else if (call.error.sent != CRPC_SENT_NO && !call.error.remote) {
-            __atomic_fetch_add(&c->lost, 1, __ATOMIC_RELAXED);
-            print_message("%s\n", call.error.text);
+        } else {
+            __atomic_fetch_add(&c->failed, 1, __ATOMIC_RELAXED);
+            if (call.error.sent != CRPC_SENT_NO && !call.error.remote) {
+                __atomic_fetch_add(&c->lost, 1, __ATOMIC_RELAXED);
+                print_message("%s\n", call.error.text);
+            }
         }
         crpc_call_reset(&call);
     }
@@ -360,6 +367,13 @@ CT_FN uint32_t net_connections(crpc_server *s)
     crpc_loop_stats stats;
     crpc_server_stats_get(s, &stats);
     return stats.connections;
+}
+
+CT_FN uint64_t net_received(crpc_server *s)
+{
+    crpc_loop_stats stats;
+    crpc_server_stats_get(s, &stats);
+    return stats.receives;
 }
 
 /* Calls Add with a deadline that passes; doubles it until the request was sent before, however slow

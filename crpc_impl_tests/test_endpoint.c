@@ -368,6 +368,61 @@ static void a_farewell_loses_no_call(void **state)
     }
 }
 
+/* A script: its first connection says farewell at once, with the value at *user, and counts an
+ * orderly end in user[1]; the others answer. */
+static bool peer_greets_with_farewell(peer *p, int fd, int number)
+{
+    char *user = (char *)p->user;
+    wire w = {NULL, 0, 0};
+    wire_message m;
+    if (number)
+        return peer_adds(p, fd, number);
+    wire_farewell(&w);
+    w.p[w.n - 1] = (unsigned char)user[0];
+    wire_flush(fd, &w);
+    if (wire_receive(fd, &m) == 0)
+        __atomic_store_n(&user[1], 1, __ATOMIC_SEQ_CST);
+    return true;
+}
+
+/* A connection over which nothing was sent gets a farewell: the endpoint ends it in order, without
+ * an error. If the server stops (1), the endpoint is left alone for a second; if only the
+ * connection ends (2), the next call dials at once. */
+static void a_fresh_connection_leaves_on_a_farewell(void **state)
+{
+    static const char values[] = "12";
+    crpc_poller p;
+    int i;
+    (void)state;
+    NET_EACH_POLLER(p) for (i = 0; i < 2; i++)
+    {
+        peer leaves;
+        crpc_channel *ch;
+        crpc_loop *l = net_loop(p);
+        crpci_endpoint *e;
+        char user[2] = {values[i], 0};
+        peer_open(&leaves, peer_greets_with_farewell, user);
+        assert_int_equal(crpc_loop_start(l), CRPC_OK);
+        ch = net_channel(leaves.url, "?timeout_ms=20000&retries=0", p, l, NULL);
+        crpci_loop_lock(l);
+        e = CRPCI_CONTAINER(l->endpoints.next, crpci_endpoint, link);
+        crpci_endpoint_dial(e);
+        crpci_loop_unlock(l);
+        assert_true(CT_WAIT(__atomic_load_n(&user[1], __ATOMIC_SEQ_CST), NET_PATIENCE));
+        assert_true(CT_WAIT(leaving(ch) == 0, NET_PATIENCE));
+        crpci_loop_lock(l);
+        assert_null(e->conn);
+        assert_int_equal(e->usable_at != 0, i == 0);
+        e->usable_at = 0;
+        crpci_loop_unlock(l);
+        net_check_add(ch, 5);
+        assert_int_equal(peer_accepted(&leaves), 2);
+        crpc_channel_close(ch);
+        crpc_loop_close(l);
+        peer_close(&leaves);
+    }
+}
+
 /* The channel is closed while a connection whose server said farewell awaits its last reply. */
 static void closing_a_channel_closes_connections_that_leave(void **state)
 {
@@ -961,6 +1016,7 @@ int main(void)
         CT_TEST(it_is_shared_by_channels_that_ask_for_the_same),
         CT_TEST(an_idle_connection_is_read_before_it_is_used),
         CT_TEST(a_farewell_loses_no_call),
+        CT_TEST(a_fresh_connection_leaves_on_a_farewell),
         CT_TEST(closing_a_channel_closes_connections_that_leave),
         CT_TEST(it_backs_off_with_full_jitter),
         CT_TEST(a_removed_provider_answers_early),

@@ -628,10 +628,66 @@ static void an_old_connection_is_closed_when_it_is_idle(void **state)
     }
 }
 
+/* An old connection of a crpc peer ends by a farewell that does not speak of a stop: what is in
+ * service, and what comes before the peer has seen it, is answered. The server shuts it when it has
+ * been quiet for long, if the peer does not. */
+static void an_old_connection_of_a_crpc_peer_ends_by_farewell(void **state)
+{
+    static const char *const fields[] = {"crpc-peer", "1", NULL};
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_server_options o;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        pump u;
+        int fd, round;
+        memset(&o, 0, sizeof o);
+        o.max_connection_age_ms = 10000;
+        o.loops.hooks.clock_us = net_clock_us;
+        net_time_begin(NET_TIME_STANDS);
+        pump_open(&u, p, WAY_TCP, &o);
+        fd = pump_connect(&u, WAY_TCP);
+        wire_request_fields(&w, "Defer", 1, "\x08\x01", 2, 0, fields);
+        pump_send(&u, fd, w.p, w.n);
+        wire_free(&w);
+        PUMP_UNTIL(&u, net_held(&u.service) == 1);
+        net_time_add(11000);
+        settle(&u);
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.id, -1);
+        assert_int_equal(got.code, CRPC_ELOGOFF);
+        assert_non_null(memmem(got.all, (size_t)(got.body - got.all), "crpc-farewell\x12\x01" "2", 16));
+        wire_done(&got);
+        wire_request(&w, "Add", 2, 2, 0);
+        pump_send(&u, fd, w.p, w.n);
+        wire_free(&w);
+        settle(&u);
+        expect_reply(fd, 2, 3);
+        net_time_add(60000);
+        settle(&u);
+        assert_int_equal(pump_stats(&u).connections, 1);
+        assert_int_equal(crpc_context_finish(net_take(&u.service), CRPC_OK), CRPC_OK);
+        settle(&u);
+        expect_reply(fd, 1, 2);
+        for (round = 0; round < 10; round++) { /* once more to see it at work, then quiet */
+            net_time_add(1000);
+            settle(&u);
+        }
+        expect_end(&u, fd);
+        assert_int_equal(pump_stats(&u).connections, 0);
+        net_time_run();
+        close(fd);
+        pump_close(&u);
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(an_old_connection_is_closed_when_it_is_idle),
+        CT_TEST(an_old_connection_of_a_crpc_peer_ends_by_farewell),
         CT_TEST(names_and_codes_are_brpcs),
         CT_TEST(missing_handlers_are_missing_methods),
         CT_TEST(unsupported_requests_are_refused_with_the_reason),

@@ -694,6 +694,40 @@ static void draining_answers_in_order_and_closes(void **state)
     }
 }
 
+static void requests_left_at_drain_ms_are_answered_in_order(void **state)
+{
+    net_mode mode;
+    (void)state;
+    NET_EACH_MODE(mode)
+    {
+        crpc_context *x[2];
+        wire w = {NULL, 0, 0};
+        line_message m;
+        net n;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = 50;
+        net_open_server(&n, CRPC_POLLER_DEFAULT, mode);
+        fd = wire_connect(n.url);
+        line_num(&w, "Defer", 1, 0);
+        line_num(&w, "Add", 2, 0);
+        line_num(&w, "Defer", 3, 0);
+        assert_true(wire_flush(fd, &w));
+        x[0] = take(&n);
+        x[1] = take(&n);
+        assert_true(CT_WAIT(crpci_thread_load(&n.server->serving) == 2, NET_PATIENCE));
+        crpc_server_stop(n.server);
+        expect_error(fd, CRPC_ECANCELED, "t:the server is stopping\n");
+        expect_num(fd, 3);
+        expect_error(fd, CRPC_ECANCELED, "t:the server is stopping\n");
+        assert_int_equal(line_receive(fd, &m), 0);
+        assert_int_equal(crpc_context_finish(x[1], CRPC_OK), CRPC_EGONE);
+        assert_int_equal(crpc_context_finish(x[0], CRPC_OK), CRPC_EGONE);
+        close(fd);
+        net_close(&n);
+    }
+}
+
 /* --- the client ------------------------------------------------------------------------------- */
 
 typedef struct async {
@@ -935,6 +969,7 @@ int main(void)
         CT_TEST(deferred_replies_keep_the_order),
         CT_TEST(waiting_replies_go_with_their_connection),
         CT_TEST(draining_answers_in_order_and_closes),
+        CT_TEST(requests_left_at_drain_ms_are_answered_in_order),
         CT_TEST(half_closed_connections_get_all_in_order),
         CT_TEST(many_calls_share_a_connection),
         CT_TEST(late_replies_and_one_way_calls_keep_their_place),
