@@ -253,8 +253,9 @@
  * limit (CRPC_ELIMIT); the connection was lost and the method is idempotent. Each retry goes to a
  * provider other than the last four that were tried. A request with an id (request_ids) is repeated
  * at its own provider instead, and a server with replay_entries executes it once, however often it
- * comes. CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES
- * means that nobody knows.
+ * comes; one that has restarted since, or may have forgotten the request, answers CRPC_EREPEAT.
+ * CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that
+ * nobody knows, and so does CRPC_EREPEAT.
  *
  * OPTIONS
  *
@@ -451,14 +452,16 @@
  * systems and to RPC frameworks. crpc marks such an error with the user_fields entry "crpc-app";
  * for peers that do not set the mark, the number decides. In a request, "crpc-key" is the key by
  * which an ordered server queues it (crpc_server_options.ordered), and "crpc-rid" is the id by
- * which a server with replay_entries knows it again. Any peer may send both.
+ * which a server with replay_entries knows it again. Any peer may send both. A channel that sends a
+ * request with an id again adds "crpc-repeat": the incarnation of the server that it was sent to,
+ * if it is known, a blank, and the milliseconds since its call began.
  *
  * A channel's first request on a connection has the entry "crpc-peer", and a crpc server's first
- * reply to such a peer "crpc-server". To such peers, and to those that have not sent a byte yet, a
- * stopping server sends a farewell: a reply with correlation_id -1, error_code 2003 and the entry
- * "crpc-farewell", whose value is 1; it is 2 if the server goes on, and ends only a connection that
- * is over max_connection_age_ms. The server serves what they have sent, and expects them to end
- * their output.
+ * reply to such a peer "crpc-server": its incarnation, another one after each start. To such peers,
+ * and to those that have not sent a byte yet, a stopping server sends a farewell: a reply with
+ * correlation_id -1, error_code 2003 and the entry "crpc-farewell", whose value is 1; it is 2 if
+ * the server goes on, and ends only a connection that is over max_connection_age_ms. The server
+ * serves what they have sent, and expects them to end their output.
  *
  * REGISTRY
  *
@@ -663,7 +666,8 @@
  * crpc_secret_equal, security.credential_fn; first_request_ms, write_timeout_ms,
  * max_connection_age_ms; shares of max_connections, max_concurrency, worker_queue and
  * replay_entries, crpc_server_peers_walk. For stops without losses: the farewell between crpc
- * peers, quiet_ms, crpc_context_cancelled, crpc_context_on_cancel.
+ * peers, quiet_ms, crpc_context_cancelled, crpc_context_on_cancel; CRPC_ECANCELED at drain_ms. For
+ * restarts: incarnations, and CRPC_EREPEAT.
  *
  * HACKING
  *
@@ -873,6 +877,7 @@ struct pollfd;
     X(ECODEC, 3115, "message could not be encoded or decoded")                                     \
     X(EAPP, 3116, "the service answered with an error of its own: see app_code")                   \
     X(EABI, 3117, "nanopb or crpc was compiled with other options than this file sees")            \
+    X(EREPEAT, 3118, "the server may have executed the request, and would not know")               \
     X(EEXISTS, 3130, "exists already")                                                             \
     X(EVERSION, 3131, "has another version")                                                       \
     X(ENOTEMPTY, 3132, "has children")
@@ -1530,7 +1535,8 @@ typedef struct crpc_channel_options {
     int retry_budget;
     /* 1: every call gets a request id. If the connection is lost, crpc sends the request to its
      * provider again, even if the method is not idempotent; use it only with servers that keep
-     * replies (crpc_server_options.replay_entries). 0: no. -1: no */
+     * replies (crpc_server_options.replay_entries). A crpc server that does not, or was restarted,
+     * answers CRPC_EREPEAT; others may execute the request twice. 0: no. -1: no */
     int request_ids;
     crpc_breaker_options breaker;
     /* --- groups that servers have too ----------------------------------- */
@@ -1623,7 +1629,8 @@ CRPC_API size_t crpc_channel_providers(crpc_channel *channel);
  * degraded), CRPC_ECANCELED (another thread closed the channel), CRPC_ENOMEM, and what an
  * interceptor returned. Reported by the server, with call->error.remote set: CRPC_EAPP (see
  * app_code), CRPC_ENOSERVICE, CRPC_ENOMETHOD, CRPC_EREQUEST, CRPC_EAUTH, CRPC_ELIMIT, CRPC_ELOGOFF,
- * CRPC_EINTERNAL and any other code. */
+ * CRPC_EREPEAT (the request was sent again, and the server cannot know whether it was executed),
+ * CRPC_EINTERNAL and any other code; CRPC_ECANCELED, if the server stopped meanwhile. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_call(crpc_channel *channel, const crpc_method *method,
                                                const void *request, void *response,
                                                crpc_call *call);
@@ -1791,7 +1798,11 @@ typedef struct crpc_server_options {
     /* The server keeps its replies to requests that have an id: a user_fields entry "crpc-rid" of
      * at most 64 bytes, which no other call to the method has. A request that comes again gets the
      * kept reply, after the interceptors have let it through, and is not executed. Another request
-     * with the same id gets CRPC_EREQUEST. Entries stay for replay_ms; a request that finds none
+     * with the same id gets CRPC_EREQUEST. One that a channel sends again after it was sent to
+     * another run of the server, or longer than replay_ms ago, gets CRPC_EREPEAT and is not
+     * executed: whether it was before, nobody knows. A server without entries refuses all that are
+     * sent again; without an incarnation to compare, a server refuses what is older than itself or
+     * less than a second younger. Entries stay for replay_ms; a request that finds none
      * free, or whose host has its share of them (as of max_connections), gets CRPC_ELIMIT and is
      * not executed. A reply over a quarter of replay_bytes, or one for which replay_bytes leaves no
      * room, is not kept: its request fails with CRPC_EINTERNAL when it comes again. A server that
@@ -4379,12 +4390,15 @@ CRPCI_COLD bool crpci_message_self_check(void)
 #define CRPCI_MESSAGE_ID_FIELD  "crpc-rid"
 #define CRPCI_MESSAGE_KEY_FIELD "crpc-key"
 
-/* By the first two, which have the value 1, crpc peers know each other: they are in the first frame
- * of a connection in each direction. The third is in a server's farewell, a reply of CRPC_ELOGOFF
- * with an id that no call has: 1 if the server stops, 2 if only this connection ends. */
+/* By the first two crpc peers know each other: they are in the first frame of a connection in each
+ * direction. The value of the second names the run of the server, its incarnation. The third is in
+ * a server's farewell, a reply of CRPC_ELOGOFF with an id that no call has: 1 if the server stops,
+ * 2 if only this connection ends. The fourth is in a request with an id that is sent again: the
+ * incarnation that it was sent to, if it is known, a blank, and its age in milliseconds. */
 #define CRPCI_MESSAGE_PEER_FIELD     "crpc-peer"
 #define CRPCI_MESSAGE_SERVER_FIELD   "crpc-server"
 #define CRPCI_MESSAGE_FAREWELL_FIELD "crpc-farewell"
+#define CRPCI_MESSAGE_REPEAT_FIELD   "crpc-repeat"
 #define CRPCI_MESSAGE_FAREWELL_STOPS "1"
 #define CRPCI_MESSAGE_FAREWELL_ENDS  "2"
 #define CRPCI_MESSAGE_FAREWELL_ID    (-1)
@@ -4630,10 +4644,10 @@ CRPCI_FN uint8_t *crpci_meta_put_reply(uint8_t *low, uint8_t *payload, size_t pa
     return p;
 }
 
-#define CRPCI_META_MARK 20u /* most bytes that crpci_meta_mark adds: a key of 13 and 7 more */
+#define CRPCI_META_MARK 65u /* most bytes of two marks: a key of 11, a value of 30, 7; 10, 1, 6 */
 
 /* Room that header and meta need at most, besides names, texts, credential and fields: the header,
- * nine varint fields of 11 bytes, keys and lengths, and a mark. */
+ * nine varint fields of 11 bytes, keys and lengths, and two marks. */
 #define CRPCI_META_BOUND (CRPCI_FRAME_HEADER + 9 * 11 + 6 * 6 + CRPCI_META_MARK)
 
 /* A user_fields entry takes at most this besides key and value: three keys, three lengths. */
@@ -4653,13 +4667,13 @@ CRPCI_FN size_t crpci_meta_put_field(uint8_t *out, crpc_view key, crpc_view valu
     return n;
 }
 
-/* Adds a user_fields entry with the value 1 to a finished frame, as the first field of its meta:
- * the header moves down by as many bytes. Returns where the frame begins now. */
-CRPCI_FN uint8_t *crpci_meta_mark(uint8_t *frame, const char *key)
+/* Adds a user_fields entry to a finished frame, as the first field of its meta: the header moves
+ * down by as many bytes. Returns where the frame begins now. */
+CRPCI_FN uint8_t *crpci_meta_mark(uint8_t *frame, const char *key, const char *value)
 {
     uint32_t body = crpci_base_get32(frame + 4), meta = crpci_base_get32(frame + 8), n;
     uint8_t *end = frame + CRPCI_FRAME_HEADER, *p;
-    p = crpci_meta_put_bytes(end, 2, crpc_view_of("1", 1));
+    p = crpci_meta_put_bytes(end, 2, crpc_view_str(value));
     p = crpci_meta_put_bytes(p, 1, crpc_view_str(key));
     p = crpci_meta_put_varint(p, (uint64_t)(end - p));
     *--p = 9 << 3 | 2;
@@ -8565,9 +8579,9 @@ typedef struct crpci_protocol {
      * it begins. The attachment is sent behind the payload. */
     uint8_t *(*request)(uint8_t *low, uint8_t *payload, const crpci_message *m);
     uint8_t *(*reply)(uint8_t *low, uint8_t *payload, const crpci_message *m);
-    /* Adds a field with the value 1 to a frame that request or reply has made, in the headroom in
-     * front of it, and returns where the frame begins now. NULL: the protocol has no farewell. */
-    uint8_t *(*mark)(uint8_t *frame, const char *key);
+    /* Adds a field to a frame that request or reply has made, in the headroom in front of it, and
+     * returns where the frame begins now. NULL: the protocol has no farewell. */
+    uint8_t *(*mark)(uint8_t *frame, const char *key, const char *value);
 } crpci_protocol;
 
 /* How far the end of a connection has come, once a server stops. */
@@ -8578,6 +8592,7 @@ typedef enum crpci_conn_parting {
 } crpci_conn_parting;
 
 #define CRPCI_CONN_LINGER 1000000 /* microseconds that a connection stays SHUT */
+#define CRPCI_CONN_INCARNATION 17 /* bytes of a server's incarnation as text, the zero included */
 
 struct crpci_conn {
     crpci_list link; /* in loop->conns */
@@ -8608,6 +8623,9 @@ struct crpci_conn {
     bool answered; /* accepted: these have been answered by the end of the server, and no other
                     * reply is sent */
     const char *mark; /* field that the first frame to leave will bring; NULL: none, or sent */
+    const char *mark_value;
+    char incarnation[CRPCI_CONN_INCARNATION]; /* dialled: the server's, from its first reply; "":
+                                               * not known */
     bool is_crpc;     /* accepted: the peer has said so, and understands a farewell */
     int fd;
     int why;       /* crpc_status of the close */
@@ -8994,7 +9012,8 @@ CRPCI_COLD void crpci_conn_put_mark(crpci_conn *c)
     const uint8_t *head = o->head;
     if (o->sent || o->marked)
         return;
-    o->head = c->protocol->mark((uint8_t *)(uintptr_t)head, c->mark); /* in the frame's chunk */
+    o->head = c->protocol->mark((uint8_t *)(uintptr_t)head, c->mark, /* in the frame's chunk */
+                                c->mark_value);
     o->head_len += (size_t)(head - o->head);
     c->tx_bytes += head - o->head;
     o->marked = true;
@@ -17102,6 +17121,12 @@ typedef struct crpci_request_source {
     crpci_method *methods; /* atomic: read without the lock; entries are only ever added */
 } crpci_request_source;
 
+typedef enum crpci_request_identity {
+    CRPCI_REQUEST_ANONYMOUS,
+    CRPCI_REQUEST_IDENTIFIED, /* it has an id: a server with replay_entries executes it once */
+    CRPCI_REQUEST_REPEATED /* and may have been executed: only the server that did may answer it */
+} crpci_request_identity;
+
 /* An encoded request. Its chunk holds, in this order: `front` bytes of the caller, which begin with
  * this struct, as a pending call does; the crpci_out; fields; credential; headroom for what the
  * protocol writes first; the message; a small attachment. */
@@ -17116,7 +17141,7 @@ typedef struct crpci_request {
     crpc_view attachment; /* outside the chunk, borrowed from the caller */
     crpc_view names;      /* this and the rest as in crpci_message */
     int64_t log_id, trace_id, span_id, parent_span_id;
-    bool identified; /* it has a request id: a server with replay_entries executes it once */
+    crpci_request_identity identity;
     bool asked;      /* its credential came from the channel's function */
 } crpci_request;
 
@@ -17551,7 +17576,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     r->inline_size = copied;
     r->attachment = attached > copied ? call->attachment : crpc_view_of(NULL, 0);
     r->names = k->names;
-    r->identified = crpc_view_data(id) != NULL;
+    r->identity = crpc_view_data(id) ? CRPCI_REQUEST_IDENTIFIED : CRPCI_REQUEST_ANONYMOUS;
     r->asked = asked;
     crpci_request_inherit(call, r);
     crpci_request_frame(r)->queued = false; /* sending sets the other members */
@@ -17890,6 +17915,9 @@ typedef struct crpci_attempt {
     crpci_endpoint *endpoint; /* of this attempt or the last one; a reference */
     crpci_conn *conn;         /* while ACTIVE */
     int64_t deadline_us;
+    /* of a REPEATED request: when its call began, and the incarnation that it was first sent to */
+    int64_t first_us;
+    char incarnation[CRPCI_CONN_INCARNATION];
     crpci_reply reply;
 } crpci_attempt;
 
@@ -18037,6 +18065,22 @@ CRPCI_COLD void crpci_endpoint_overcrowded(crpci_attempt *a)
     e->events->failed(a, CRPC_EOVERCROWDED, cause);
 }
 
+/* Tells the server that it may have executed a request before. Its age counts until now: it may
+ * have waited long for the connection. */
+CRPCI_COLD void crpci_endpoint_mark_repeat(const crpci_endpoint *e, const crpci_attempt *a,
+                                           crpci_out *o)
+{
+    int64_t age = (crpci_loop_now(e->loop) - a->first_us) / 1000 + 1;
+    const uint8_t *head = o->head;
+    char value[CRPCI_CONN_INCARNATION + 16];
+    if (!e->options.protocol->mark)
+        return;
+    snprintf(value, sizeof value, "%s %d", a->incarnation, (int)crpci_base_min64(age, INT32_MAX));
+    o->head = e->options.protocol->mark((uint8_t *)(uintptr_t)head, CRPCI_MESSAGE_REPEAT_FIELD,
+                                        value);
+    o->head_len += (size_t)(head - o->head);
+}
+
 /* Queues the attempt's frame on the open connection, or fails the attempt if the queue is full. The
  * request's remaining time is written here, so that time spent waiting counts. */
 CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
@@ -18045,6 +18089,8 @@ CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
     int64_t left = (a->deadline_us - crpci_loop_rough_time(e->loop)) / 1000;
     crpci_out *o = crpci_request_prepare(&a->request, e->options.protocol, id,
                                          (int32_t)(left > 1 ? left : 1));
+    if (CRPCI_UNLIKELY(a->request.identity == CRPCI_REQUEST_REPEATED))
+        crpci_endpoint_mark_repeat(e, a, o);
     if (e->options.max_queued &&
         e->conn->tx_bytes + (int64_t)crpci_conn_out_len(o) > e->options.max_queued) {
         crpci_endpoint_overcrowded(a);
@@ -18149,6 +18195,16 @@ CRPCI_COLD bool crpci_endpoint_is_farewell(const crpci_conn *c, const crpci_mess
            c->protocol->field(m->fields, CRPCI_MESSAGE_FAREWELL_FIELD, value);
 }
 
+/* Takes the server's incarnation from its first reply on a connection. */
+CRPCI_COLD void crpci_endpoint_meet(crpci_conn *c, const crpci_message *m)
+{
+    crpc_view value;
+    if (!c->incarnation[0] && m->has_fields &&
+        c->protocol->field(m->fields, CRPCI_MESSAGE_SERVER_FIELD, &value) &&
+        crpc_view_size(value) < sizeof c->incarnation)
+        crpc_view_copy(value, c->incarnation, sizeof c->incarnation);
+}
+
 /* The server of a connection is stopping (`stops`), or ends only this connection. It answers what
  * was sent, and waits for the end of this side's output. What is unsent waits for another
  * connection: perhaps another server listens there already; if none does, dialling fails at once
@@ -18189,6 +18245,8 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
         crpci_endpoint_farewell(e, conn, !crpc_view_equal(why, CRPCI_MESSAGE_FAREWELL_ENDS));
         return;
     }
+    if (!m->usual)
+        crpci_endpoint_meet(conn, m);
     a = crpci_endpoint_match(conn, m);
     if (!a) {
         crpci_endpoint_serve_waiting(e); /* perhaps they waited for this to be read */
@@ -18318,6 +18376,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     e->conn->max_body = e->options.max_body;
     e->conn->expect = crpc_view_of("", 0);
     e->conn->mark = e->options.protocol->mark ? CRPCI_MESSAGE_PEER_FIELD : NULL;
+    e->conn->mark_value = "1";
     e->conn->max_skip = (int64_t)UINT32_MAX; /* a provider is trusted: skip replies of any size */
     if (e->options.connect_timeout_ms > 0)
         crpci_loop_timer_set(l, &e->conn->timer, (int64_t)e->options.connect_timeout_ms * 1000);
@@ -19285,7 +19344,7 @@ CRPCI_FN void crpci_attempt_start(crpci_pending_call *c, crpci_member *m)
 CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
 {
     bool twice = (c->method->method->flags & CRPC_METHOD_IDEMPOTENT) ||
-                 c->attempt.request.identified;
+                 c->attempt.request.identity != CRPCI_REQUEST_ANONYMOUS;
     bool harmless = c->attempt.sent == CRPC_SENT_NO || crpci_attempt_refused(code) ||
                     (twice && code == CRPC_ECONN);
     return harmless && c->tried.attempts < c->tried.max_attempts && !c->channel->closed &&
@@ -19355,17 +19414,34 @@ CRPCI_FN bool crpci_attempt_affordable(crpci_pending_call *c, const crpci_member
 #endif
 }
 
+/* A request with an id was sent, at least in part, and got no answer: from here on only the server
+ * that may have executed it is to take it. Not bound to a server are methods that may run twice,
+ * and the attempts of policies that send a request several times. */
+CRPCI_COLD void crpci_attempt_bind(crpci_pending_call *c, const crpci_conn *conn)
+{
+    crpci_attempt *a = &c->attempt;
+    if (a->sent == CRPC_SENT_NO || c->kind >= CRPCI_CALL_PART ||
+        (c->method->method->flags & CRPC_METHOD_IDEMPOTENT))
+        return;
+    a->request.identity = CRPCI_REQUEST_REPEATED;
+    a->first_us = c->start_us;
+    memcpy(a->incarnation, conn->incarnation, sizeof a->incarnation);
+}
+
 /* The present attempt has failed: makes the next one, or ends the call with `code` and `cause`. */
 CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
     crpc_channel *ch = c->channel;
     crpci_endpoint *e = a->endpoint;
+    const crpci_conn *conn = a->state == CRPCI_ATTEMPT_ACTIVE ? a->conn : NULL;
     bool again, stale = code == CRPC_ECONN && !e->refused;
     crpci_member *m;
     if (code == CRPC_EOVERCROWDED && !e->conn->tx_bytes)
         c->tried.max_attempts = c->tried.attempts; /* no queue can take it: a retry is useless */
     crpci_endpoint_detach(a);
+    if (conn && a->request.identity == CRPCI_REQUEST_IDENTIFIED && !crpci_attempt_refused(code))
+        crpci_attempt_bind(c, conn);
     crpci_attempt_end(c, code == CRPC_ECONN ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
     again = crpci_attempt_may_retry(c, code);
     if (!crpci_attempt_refused(code) && a->sent > c->before)
@@ -19791,6 +19867,8 @@ CRPCI_COLD crpci_pending_call *crpci_cluster_part(crpci_pending_call *c)
     /* The provider is not charged for the call's wait. */
     crpci_attempt_init(part, c->channel, c->method, CRPCI_CALL_PART, crpci_loop_time(l));
     crpci_request_copy(&part->attempt.request, &c->attempt.request, chunk, CRPCI_PENDING_SIZE);
+    if (part->attempt.request.identity == CRPCI_REQUEST_REPEATED) /* a policy that sends it again */
+        part->attempt.request.identity = CRPCI_REQUEST_IDENTIFIED;
     part->attempt.deadline_us = c->attempt.deadline_us;
     part->policy = c->policy;
     part->policy.cluster = CRPC_CLUSTER_FAILFAST;
@@ -22224,6 +22302,8 @@ struct crpc_server {
     uint32_t max_serving; /* at which further requests get CRPC_ELIMIT */
     uint32_t fair_serving; /* from which on an account gets no more than its share */
     uint32_t connections; /* atomic: open ones, of all loops */
+    char incarnation[CRPCI_CONN_INCARNATION]; /* names this run of the server */
+    int64_t opened_us;
     bool private_loop;    /* the server opened `loop` and closes it */
     void (*destroy)(crpc_server *s); /* the lifecycle section's: frees it with the last reference */
     crpci_service_map services;
@@ -23165,6 +23245,9 @@ CRPCI_COLD uint64_t crpci_auth_principal(const crpci_conn *conn, const uint64_t 
  * the thread that uses the context. s->guard.lock protects quotas, clients, order and replay
  * entries. It is held for bookkeeping only, never while a handler runs. */
 
+#define CRPCI_GUARD_FORGOTTEN                                                                      \
+    "this server did not run when the request was sent first, or does not remember it (replay_ms)"
+
 /* What a request waits for before its handler is called. Changed under s->guard.lock. */
 typedef enum crpci_guard_wait {
     CRPCI_GUARD_NOTHING,
@@ -23314,6 +23397,30 @@ CRPCI_COLD void crpci_guard_find_unbegun(crpc_server *s, crpci_conn *conn)
         crpci_thread_unlock(&s->guard.lock);
 }
 
+/* Whether a request for which there is no entry was sent before, to another server or to this one,
+ * which may have forgotten it. Without an incarnation its age tells; a second is allowed for the
+ * time on the way. No entry goes earlier than replay_ms after the first sending. */
+CRPCI_COLD bool crpci_guard_forgotten(const crpc_server *s, const crpci_protocol *p,
+                                      crpc_view fields)
+{
+    char text[CRPCI_CONN_INCARNATION + 16], *blank;
+    crpc_view value;
+    int64_t age;
+    if (!p->field(fields, CRPCI_MESSAGE_REPEAT_FIELD, &value))
+        return false;
+    if (crpc_view_size(value) >= sizeof text)
+        return true;
+    crpc_view_copy(value, text, sizeof text);
+    blank = strchr(text, ' ');
+    age = blank && blank[1] >= '0' && blank[1] <= '9' ? strtoll(blank + 1, NULL, 10) : -1;
+    if (age < 0 || age >= s->guard.replay.keep_us / 1000)
+        return true;
+    *blank = '\0';
+    if (text[0])
+        return strcmp(text, s->incarnation) != 0;
+    return crpci_heap_now(s->heap) - s->opened_us < (age + 1000) * 1000;
+}
+
 /* A digest of a request's message and attachment. */
 CRPCI_COLD uint64_t crpci_guard_digest(const crpc_context *x)
 {
@@ -23346,7 +23453,7 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
     crpc_server *s = x->server;
     crpci_guard *g = x->guard;
     crpci_replay_entry *e = NULL;
-    bool waits = false, full = false, other = false;
+    bool waits = false, full = false, other = false, forgotten = false;
     if (crpc_view_size(g->id)) {
         uint64_t digest = crpci_guard_digest(x);
         crpci_thread_lock(&s->guard.lock);
@@ -23354,8 +23461,9 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
                               crpci_heap_rough_now(s->heap));
         other = e && e->digest != digest;
         waits = e && !other && !e->finished;
+        forgotten = !e && crpci_guard_forgotten(s, x->conn->protocol, x->received);
         if (!e)
-            full = !crpci_guard_remember(x, digest);
+            full = !forgotten && !crpci_guard_remember(x, digest);
         else if (waits)
             crpci_list_append(&e->waiting, &x->task.link);
         else if (!other)
@@ -23370,6 +23478,8 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
     if (other)
         return crpci_context_error(x, CRPC_EREQUEST,
                                    "another request had the same id (crpc-rid) before");
+    if (forgotten)
+        return crpci_context_error(x, CRPC_EREPEAT, CRPCI_GUARD_FORGOTTEN);
     if (full)
         return crpci_context_error(x, CRPC_ELIMIT,
                                    "no entry is free to remember the request (replay_entries)");
@@ -23710,10 +23820,16 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
 CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                  const crpci_service_method *method)
 {
-    bool guarded = CRPC_ENABLE_POLICY && (s->guard.all || (!m->usual && m->has_fields));
+    bool fields = !m->usual && m->has_fields;
+    bool guarded = CRPC_ENABLE_POLICY && (s->guard.all || fields);
     const char *why = NULL;
     crpc_context *x = NULL;
     crpci_guard g;
+    if (CRPCI_UNLIKELY(fields) && !s->guard.replay.buckets &&
+        crpci_guard_forgotten(s, conn->protocol, m->fields)) {
+        crpci_context_refuse(conn, m, CRPC_EREPEAT, CRPCI_GUARD_FORGOTTEN);
+        return;
+    }
     if (CRPCI_UNLIKELY(guarded)) {
         if (!crpci_guard_inspect(s, conn, m, &g))
             return;
@@ -23777,6 +23893,7 @@ CRPCI_COLD void crpci_intake_greet(crpci_conn *conn, const crpci_message *m)
         return;
     conn->is_crpc = true;
     conn->mark = CRPCI_MESSAGE_SERVER_FIELD;
+    conn->mark_value = ((const crpc_server *)conn->owner)->incarnation;
     if (conn->parting == CRPCI_CONN_LEAVES)
         crpci_intake_say_farewell((const crpc_server *)conn->owner, conn);
 }
@@ -24956,6 +25073,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     crpc_server_options o;
     crpc_server *s;
     crpc_loop *l;
+    uint64_t random[2];
     int err = CRPC_OK;
     *server = NULL;
     memset(&o, 0, sizeof o);
@@ -24984,6 +25102,9 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     crpci_heap_ref(s->heap);
     crpci_loop_hold(l);
     s->private_loop = !o.loop;
+    crpci_loop_secret(l, random);
+    snprintf(s->incarnation, sizeof s->incarnation, "%016llx", (unsigned long long)random[0]);
+    s->opened_us = crpci_loop_now(l);
     s->refs = 1;
     s->destroy = crpci_lifecycle_free;
     s->guard.ops = CRPC_ENABLE_POLICY ? &crpci_guard_ops : NULL;

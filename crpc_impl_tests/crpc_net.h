@@ -697,13 +697,22 @@ CT_FN int wire_receive(int fd, wire_message *m)
     return 1;
 }
 
-/* Whether a frame's meta has a user field of that name, with the value 1. */
-CT_FN bool wire_has_mark(const wire_message *m, const char *key)
+/* Copies the value of a user field in a frame's meta; false: there is none of that name. */
+CT_FN bool wire_field(const wire_message *m, const char *key, char *value, size_t size)
 {
     char entry[64];
-    int n = snprintf(entry, sizeof entry, "\x4a%c\n%c%s\x12\x01" "1", (int)strlen(key) + 5,
-                     (int)strlen(key), key);
-    return memmem(m->all, (size_t)(m->body - m->all), entry, (size_t)n) != NULL;
+    int n = snprintf(entry, sizeof entry, "\n%c%s\x12", (int)strlen(key), key);
+    const char *at = (const char *)memmem(m->all, (size_t)(m->body - m->all), entry, (size_t)n);
+    if (at)
+        snprintf(value, size, "%.*s", at[n], at + n + 1);
+    return at != NULL;
+}
+
+/* Whether it has a user field of that name, with the value 1. */
+CT_FN bool wire_has_mark(const wire_message *m, const char *key)
+{
+    char value[64];
+    return wire_field(m, key, value, sizeof value) && strcmp(value, "1") == 0;
 }
 
 CT_FN void wire_done(wire_message *m)

@@ -326,6 +326,7 @@ static void crpc_peers_are_served_to_the_end_of_their_output(void **state)
         net n;
         wire w = {NULL, 0, 0};
         wire_message got;
+        char text[64];
         int fd;
         memset(&n, 0, sizeof n);
         n.server_options.quiet_ms = NET_PATIENCE;
@@ -336,10 +337,11 @@ static void crpc_peers_are_served_to_the_end_of_their_output(void **state)
         wire_request(&w, "Add", 2, 1, 0);
         assert_true(wire_flush(fd, &w));
         assert_int_equal(wire_receive(fd, &got), 1);
-        assert_true(wire_has_mark(&got, "crpc-server"));
+        assert_true(wire_field(&got, "crpc-server", text, sizeof text));
+        assert_string_equal(text, n.server->incarnation);
         wire_done(&got);
         assert_int_equal(wire_receive(fd, &got), 1);
-        assert_false(wire_has_mark(&got, "crpc-server"));
+        assert_false(wire_field(&got, "crpc-server", text, sizeof text));
         wire_done(&got);
         crpc_server_stop(n.server);
         assert_int_equal(wire_receive(fd, &got), 1);
@@ -402,6 +404,87 @@ static void silent_connections_get_the_farewell(void **state)
         assert_int_equal(wire_receive(begun, &got), 0);
         close(silent);
         close(begun);
+        net_close(&n);
+    }
+}
+
+/* A crpc peer has sent half of a request when the farewell comes, and sends the rest behind it. */
+static void half_a_request_is_served_after_the_farewell(void **state)
+{
+    static const char *const fields[] = {"crpc-peer", "1", NULL};
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        uint64_t received;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = NET_PATIENCE;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request_fields(&w, "Add", 1, "\x08\x01", 2, 0, fields);
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(wire_receive(fd, &got), 1);
+        wire_done(&got);
+        received = net_received(n.server);
+        wire_request(&w, "Add", 2, 2, 0);
+        assert_true(wire_send(fd, w.p, w.n / 2));
+        assert_true(CT_WAIT(net_received(n.server) > received, NET_PATIENCE));
+        crpc_server_stop(n.server);
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.id, -1);
+        wire_done(&got);
+        assert_true(wire_send(fd, w.p + w.n / 2, w.n - w.n / 2));
+        wire_free(&w);
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.id, 2);
+        assert_int_equal(got.code, CRPC_OK);
+        wire_done(&got);
+        shutdown(fd, SHUT_WR);
+        assert_int_equal(wire_receive(fd, &got), 0);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+/* A peer sends a server farewells, and requests that have their id and their field: it gets a reply
+ * to each, and neither its own connection nor another one ends. */
+static void a_peer_cannot_take_leave_of_a_server(void **state)
+{
+    static const char *const fields[] = {"crpc-farewell", "1", "crpc-server", "x",
+                                         "crpc-repeat",   "?", "crpc-peer",   "1", NULL};
+    net_mode m;
+    (void)state;
+    NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        n.server_options.replay_entries = 10;
+        net_open(&n, CRPC_POLLER_DEFAULT, m);
+        fd = wire_connect(n.url);
+        for (i = 0; i < 100; i++) {
+            wire_farewell(&w);
+            wire_request_fields(&w, "Add", -1, "\x08\x01", 2, 0, fields);
+        }
+        assert_true(wire_flush(fd, &w));
+        for (i = 0; i < 200; i++) {
+            assert_int_equal(wire_receive(fd, &got), 1);
+            assert_int_equal(got.id, -1);
+            assert_false(wire_has_mark(&got, "crpc-farewell"));
+            assert_true(got.code == CRPC_OK || got.code == CRPC_ENOSERVICE);
+            wire_done(&got);
+        }
+        assert_int_equal(net_calls(&n.service), 100);
+        net_check_add(n.channel, 1);
+        assert_int_equal(net_ask(fd, "Echo", "Add", 3, NULL, NULL), CRPC_OK);
+        close(fd);
         net_close(&n);
     }
 }
@@ -1132,6 +1215,8 @@ int main(void)
         CT_TEST(partial_requests_do_not_hold_up_a_stop),
         CT_TEST(crpc_peers_are_served_to_the_end_of_their_output),
         CT_TEST(silent_connections_get_the_farewell),
+        CT_TEST(half_a_request_is_served_after_the_farewell),
+        CT_TEST(a_peer_cannot_take_leave_of_a_server),
         CT_TEST(graceful_stops_lose_no_call),
         CT_TEST(ageing_connections_lose_no_call),
         CT_TEST(run_serves_on_when_its_loop_was_stopped),
