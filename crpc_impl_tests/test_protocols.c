@@ -728,6 +728,37 @@ static void requests_left_at_drain_ms_are_answered_in_order(void **state)
     }
 }
 
+/* What has not sent a byte gets the farewell in baidu_std; it may speak another protocol yet. */
+static void a_farewell_fixes_no_protocol(void **state)
+{
+    net_mode mode;
+    (void)state;
+    NET_EACH_MODE(mode)
+    {
+        wire w = {NULL, 0, 0};
+        wire_message farewell;
+        line_message m;
+        net n;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.quiet_ms = 300;
+        n.server_options.drain_ms = NET_PATIENCE;
+        net_open_server(&n, CRPC_POLLER_DEFAULT, mode);
+        fd = wire_connect(n.url);
+        assert_true(CT_WAIT(crpci_thread_load(&n.server->connections) == 1, NET_PATIENCE));
+        crpc_server_stop(n.server);
+        assert_int_equal(wire_receive(fd, &farewell), 1);
+        assert_true(wire_has_mark(&farewell, "crpc-farewell"));
+        wire_done(&farewell);
+        line_num(&w, "Add", 3, 0);
+        assert_true(wire_flush(fd, &w));
+        expect_error(fd, CRPC_ELOGOFF, "t:the server is stopping\n");
+        assert_int_equal(line_receive(fd, &m), 0);
+        close(fd);
+        net_close(&n);
+    }
+}
+
 /* --- the client ------------------------------------------------------------------------------- */
 
 typedef struct async {
@@ -970,6 +1001,7 @@ int main(void)
         CT_TEST(waiting_replies_go_with_their_connection),
         CT_TEST(draining_answers_in_order_and_closes),
         CT_TEST(requests_left_at_drain_ms_are_answered_in_order),
+        CT_TEST(a_farewell_fixes_no_protocol),
         CT_TEST(half_closed_connections_get_all_in_order),
         CT_TEST(many_calls_share_a_connection),
         CT_TEST(late_replies_and_one_way_calls_keep_their_place),
