@@ -23782,6 +23782,7 @@ CRPCI_COLD void crpci_intake_refuse(crpci_conn *conn, const crpci_message *m, in
 }
 
 #define CRPCI_INTAKE_OLD_US 100000 /* between two looks at an old connection */
+#define CRPCI_INTAKE_OLD_LONGEST_US 10000000 /* how long after a farewell it may go on being used */
 #define CRPCI_INTAKE_STOPPING "the server is stopping"
 
 /* Finds the method of a request. NULL: there is none, and the request has been refused. The names
@@ -24019,13 +24020,14 @@ CRPCI_COLD void crpci_intake_part(const crpc_server *s, crpci_conn *c, int64_t n
     crpci_conn_shut(c);
 }
 
-/* Ends an old connection: by a farewell, if the peer is crpc; else by closing it when it is idle.
- * Returns when to call this again; `now`: it is to be closed now. */
+/* Ends an old connection: by a farewell, if the peer is crpc; else, or if such a peer does not heed
+ * it, by closing it when it is idle. Returns when to call this again; `now`: it is to be closed
+ * now. */
 CRPCI_COLD int64_t crpci_intake_old_end(const crpc_server *s, crpci_conn *conn, int64_t now)
 {
     if (now < conn->old_us)
         return conn->old_us;
-    if (conn->is_crpc) {
+    if (conn->is_crpc && now - conn->old_us < CRPCI_INTAKE_OLD_LONGEST_US) {
         crpci_intake_part(s, conn, now);
         return now + CRPCI_INTAKE_OLD_US;
     }

@@ -369,6 +369,16 @@ CT_FN uint32_t net_connections(crpc_server *s)
     return stats.connections;
 }
 
+/* Connections of a loop's channels that have ended, and dials that have failed. */
+CT_FN uint32_t net_lost(crpc_loop *l)
+{
+    uint32_t lost;
+    crpci_loop_lock(l);
+    lost = l->lost;
+    crpci_loop_unlock(l);
+    return lost;
+}
+
 CT_FN uint64_t net_received(crpc_server *s)
 {
     crpc_loop_stats stats;

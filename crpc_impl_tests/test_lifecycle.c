@@ -542,15 +542,6 @@ static void graceful_stops_lose_no_call(void **state)
     }
 }
 
-static uint32_t lost_connections(crpc_loop *l)
-{
-    uint32_t lost;
-    crpci_loop_lock(l);
-    lost = l->lost;
-    crpci_loop_unlock(l);
-    return lost;
-}
-
 /* The connections of a server that runs on end all the time, by their age: no call fails, although
  * no other provider is there. */
 static void ageing_connections_lose_no_call(void **state)
@@ -574,8 +565,8 @@ static void ageing_connections_lose_no_call(void **state)
         for (i = 0; i < 4; i++)
             assert_int_equal(pthread_create(&threads[i], NULL, net_call_on, &c), 0);
         for (i = 0; i < 10; i++) {
-            uint32_t lost = lost_connections(l);
-            assert_true(CT_WAIT(lost_connections(l) != lost, NET_PATIENCE));
+            uint32_t lost = net_lost(l);
+            assert_true(CT_WAIT(net_lost(l) != lost, NET_PATIENCE));
         }
         __atomic_store_n(&c.ended, 1, __ATOMIC_RELEASE);
         for (i = 0; i < 4; i++)
@@ -782,7 +773,7 @@ static void requests_are_answered_when_draining_ends(void **state)
         wire_request(&w, "Add", 5, 5, 0);
         assert_true(wire_flush(fd, &w));
         assert_true(CT_WAIT(net_calls(&n.service) == (m == NET_WORKERS ? 3 : 2), NET_PATIENCE));
-        assert_true(CT_WAIT(n.server->serving == 5, NET_PATIENCE));
+        assert_true(CT_WAIT(crpci_thread_load(&n.server->serving) == 5, NET_PATIENCE));
         crpc_server_stop(n.server);
         read_to_the_end(fd, codes, 6);
         assert_int_equal(codes[1], CRPC_ECANCELED);

@@ -910,6 +910,49 @@ static void a_reply_without_a_request_closes(void **state)
     peer_close(&p);
 }
 
+/* A script: its first connection says farewell at once, in baidu_std; the next answers one request
+ * with 5. */
+static bool peer_leaves_in_baidu(peer *p, int fd, int number)
+{
+    wire w = {NULL, 0, 0};
+    char buffer[2000];
+    (void)p;
+    if (number == 0)
+        wire_farewell(&w);
+    else if (recv(fd, buffer, sizeof buffer, 0) > 0)
+        line_put(&w, "=0\n", "\x08\x05", 2, 1);
+    wire_flush(fd, &w);
+    wire_read(fd, buffer, 1); /* until it is closed */
+    return true;
+}
+
+/* A fresh connection of a channel with another protocol gets the farewell of a server that does not
+ * know its protocol yet: the connection closes, and the next call goes over another one. */
+static void a_farewell_in_another_protocol_costs_no_call(void **state)
+{
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
+    crpci_endpoint *e;
+    crpc_channel *ch;
+    peer p;
+    (void)state;
+    peer_open(&p, peer_leaves_in_baidu, NULL);
+    assert_int_equal(crpc_loop_start(l), CRPC_OK);
+    ch = net_channel(p.url, "?protocol=line&timeout_ms=20000&retries=0", CRPC_POLLER_DEFAULT, l,
+                     NULL);
+    crpci_loop_lock(l);
+    e = CRPCI_CONTAINER(l->endpoints.next, crpci_endpoint, link);
+    crpci_endpoint_dial(e);
+    crpci_loop_unlock(l);
+    assert_true(CT_WAIT(net_lost(l) == 1, NET_PATIENCE));
+    assert_int_equal(dyn_Echo_Add(ch, &in, &out, NULL), CRPC_OK);
+    assert_int_equal(out.n, 5);
+    assert_int_equal(peer_accepted(&p), 2);
+    crpc_channel_close(ch);
+    crpc_loop_close(l);
+    peer_close(&p);
+}
+
 static void channels_of_two_protocols_share_no_connection(void **state)
 {
     crpc_channel *other;
@@ -1007,6 +1050,7 @@ int main(void)
         CT_TEST(late_replies_and_one_way_calls_keep_their_place),
         CT_TEST(withdrawn_requests_take_no_place),
         CT_TEST(a_reply_without_a_request_closes),
+        CT_TEST(a_farewell_in_another_protocol_costs_no_call),
         CT_TEST(channels_of_two_protocols_share_no_connection),
         CT_TEST(kept_replies_are_for_their_protocol),
     };
