@@ -862,6 +862,44 @@ static void a_restart_executes_no_request_twice(void **state)
     }
 }
 
+/* Executes the request of `FATAL` and loses the connection before the reply. */
+static int loses_its_connection(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    net_begin(x, in->n);
+    out->n = in->n + 1;
+    if (in->n == FATAL) {
+        crpci_loop_lock(x->loop);
+        crpci_conn_close(x->conn, CRPC_ECONN, 0);
+        crpci_loop_unlock(x->loop);
+    }
+    return CRPC_OK;
+}
+
+/* The server is the same, so the repetition gets the reply that was lost, whether or not the
+ * channel knew the incarnation when it sent the request. */
+static void a_repetition_gets_the_reply_that_was_lost(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    net_mode m;
+    int met;
+    (void)state;
+    handlers.Add = loses_its_connection;
+    NET_EACH_MODE(m) for (met = 0; met < 2; met++)
+    {
+        net n;
+        memset(&n, 0, sizeof n);
+        n.handlers = &handlers;
+        n.server_options.replay_entries = 10;
+        n.query = "?request_ids=1";
+        net_open(&n, CRPC_POLLER_DEFAULT, m);
+        if (met)
+            net_check_add(n.channel, 1);
+        net_check_add(n.channel, FATAL);
+        assert_int_equal(net_calls(&n.service), 1 + met);
+        net_close(&n);
+    }
+}
+
 static int64_t repeat(int fd, const char *rid, const char *incarnation, const char *age)
 {
     const char *fields[] = {"crpc-rid", NULL, "crpc-repeat", NULL, NULL};
@@ -1195,6 +1233,7 @@ int main(void)
         CT_TEST(a_host_cannot_take_all_replay_entries),
         CT_TEST(a_reply_too_large_to_keep),
         CT_TEST(a_restart_executes_no_request_twice),
+        CT_TEST(a_repetition_gets_the_reply_that_was_lost),
         CT_TEST(repetitions_are_for_servers_that_remember),
         CT_TEST(a_server_that_keeps_no_replies_takes_no_repetitions),
         CT_TEST(requests_of_a_key_wait_for_each_other),
