@@ -253,8 +253,9 @@
  * limit (CRPC_ELIMIT); the connection was lost and the method is idempotent. Each retry goes to a
  * provider other than the last four that were tried. A request with an id (request_ids) is repeated
  * at its own provider instead, and a server with replay_entries executes it once, however often it
- * comes. CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES
- * means that nobody knows.
+ * comes; one that has restarted since, or may have forgotten the request, answers CRPC_EREPEAT.
+ * CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that
+ * nobody knows, and so does CRPC_EREPEAT.
  *
  * OPTIONS
  *
@@ -452,12 +453,16 @@
  * systems and to RPC frameworks. crpc marks such an error with the user_fields entry "crpc-app";
  * for peers that do not set the mark, the number decides. In a request, "crpc-key" is the key by
  * which an ordered server queues it (crpc_server_options.ordered), and "crpc-rid" is the id by
- * which a server with replay_entries knows it again. Any peer may send both.
+ * which a server with replay_entries knows it again. Any peer may send both. A channel that sends a
+ * request with an id again adds "crpc-repeat": the incarnation of the server that it was sent to,
+ * if it is known, a blank, and the milliseconds since its call began.
  *
  * A channel's first request on a connection has the entry "crpc-peer", and a crpc server's first
- * reply to such a peer "crpc-server". To such peers alone a stopping server sends a farewell: a
- * reply with correlation_id -1, error_code 2003 and the entry "crpc-farewell". It serves what they
- * have sent, and expects them to end their output.
+ * reply to such a peer "crpc-server": its incarnation, another one after each start. To such peers,
+ * and to those that have not sent a byte yet, a stopping server sends a farewell: a reply with
+ * correlation_id -1, error_code 2003 and the entry "crpc-farewell", whose value is 1; it is 2 if
+ * the server goes on, and ends only a connection that is over max_connection_age_ms. The server
+ * serves what they have sent, and expects them to end their output.
  *
  * REGISTRY
  *
@@ -520,8 +525,10 @@
  *                     that the kernel has queued. Then it tells crpc's channels that it is
  *                     stopping: they send their calls elsewhere, and end their connection when the
  *                     last reply has come. Other peers get CRPC_ELOGOFF for new requests, and their
- *                     connections close when they have been quiet for quiet_ms. What is left is
- *                     closed at drain_ms.
+ *                     connections close when they have been quiet for quiet_ms. At drain_ms the
+ *                     requests that are left are answered: with CRPC_ELOGOFF, if their handler was
+ *                     not called and will not be, else with CRPC_ECANCELED. Within a second more,
+ *                     all connections are closed.
  *     registry away   Calls go on with the last list: see stale_ttl_ms, allow_empty.
  *     long lists      max_endpoints uses a part of them, a different one for each channel.
  *
@@ -680,7 +687,8 @@
  * access.max_failures, crpc_secret_equal, security.credential_fn; first_request_ms,
  * write_timeout_ms, max_connection_age_ms; shares of max_connections, max_concurrency, worker_queue
  * and replay_entries, crpc_server_peers_walk. For stops without losses: the farewell between crpc
- * peers, quiet_ms, crpc_context_cancelled, crpc_context_on_cancel.
+ * peers, quiet_ms, crpc_context_cancelled, crpc_context_on_cancel; CRPC_ECANCELED at drain_ms. For
+ * restarts: incarnations, and CRPC_EREPEAT.
  *
  * HACKING
  *
@@ -890,6 +898,7 @@ struct pollfd;
     X(ECODEC, 3115, "message could not be encoded or decoded")                                     \
     X(EAPP, 3116, "the service answered with an error of its own: see app_code")                   \
     X(EABI, 3117, "nanopb or crpc was compiled with other options than this file sees")            \
+    X(EREPEAT, 3118, "the server may have executed the request, and would not know")               \
     X(EEXISTS, 3130, "exists already")                                                             \
     X(EVERSION, 3131, "has another version")                                                       \
     X(ENOTEMPTY, 3132, "has children")
@@ -1556,7 +1565,8 @@ typedef struct crpc_channel_options {
     int retry_budget;
     /* 1: every call gets a request id. If the connection is lost, crpc sends the request to its
      * provider again, even if the method is not idempotent; use it only with servers that keep
-     * replies (crpc_server_options.replay_entries). 0: no. -1: no */
+     * replies (crpc_server_options.replay_entries). A crpc server that does not, or was restarted,
+     * answers CRPC_EREPEAT; others may execute the request twice. 0: no. -1: no */
     int request_ids;
     crpc_breaker_options breaker;
     /* --- groups that servers have too ----------------------------------- */
@@ -1649,7 +1659,8 @@ CRPC_API size_t crpc_channel_providers(crpc_channel *channel);
  * degraded), CRPC_ECANCELED (another thread closed the channel), CRPC_ENOMEM, and what an
  * interceptor returned. Reported by the server, with call->error.remote set: CRPC_EAPP (see
  * app_code), CRPC_ENOSERVICE, CRPC_ENOMETHOD, CRPC_EREQUEST, CRPC_EAUTH, CRPC_ELIMIT, CRPC_ELOGOFF,
- * CRPC_EINTERNAL and any other code. */
+ * CRPC_EREPEAT (the request was sent again, and the server cannot know whether it was executed),
+ * CRPC_EINTERNAL and any other code; CRPC_ECANCELED, if the server stopped meanwhile. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_call(crpc_channel *channel, const crpc_method *method,
                                                const void *request, void *response,
                                                crpc_call *call);
@@ -1818,7 +1829,11 @@ typedef struct crpc_server_options {
     /* The server keeps its replies to requests that have an id: a user_fields entry "crpc-rid" of
      * at most 64 bytes, which no other call to the method has. A request that comes again gets the
      * kept reply, after the interceptors have let it through, and is not executed. Another request
-     * with the same id gets CRPC_EREQUEST. Entries stay for replay_ms; a request that finds none
+     * with the same id gets CRPC_EREQUEST. One that a channel sends again after it was sent to
+     * another run of the server, or longer than replay_ms ago, gets CRPC_EREPEAT and is not
+     * executed: whether it was before, nobody knows. A server without entries refuses all that are
+     * sent again; without an incarnation to compare, a server refuses what is older than itself or
+     * less than a second younger. Entries stay for replay_ms; a request that finds none
      * free, or whose host has its share of them (as of max_connections), gets CRPC_ELIMIT and is
      * not executed. A reply over a quarter of replay_bytes, or one for which replay_bytes leaves no
      * room, is not kept: its request fails with CRPC_EINTERNAL when it comes again. A server that
@@ -1829,10 +1844,12 @@ typedef struct crpc_server_options {
     int idle_timeout_ms;  /* a connection without a request for so long is closed. 0: never. -1:
                              never */
     int max_connection_age_ms; /* a connection that is older, by 10 % more or less at random, is
-                                  closed as soon as it is idle, never with a request in service:
-                                  clients then connect anew, and a balancer in front of the servers
-                                  can choose again. A request that is on its way at that moment is
-                                  lost, and its caller told so. 0: never. -1: never */
+                                  ended: clients then connect anew, and a balancer in front of the
+                                  servers can choose again. crpc's channels are told, as when the
+                                  server stops, and no call is lost. Connections of others are
+                                  closed as soon as they are idle, never with a request in service;
+                                  one that is on its way at that moment is lost, and its caller told
+                                  so. 0: never. -1: never */
     int frame_timeout_ms; /* a request that has begun to arrive must be complete in this time. 0:
                              30000. -1: no limit */
     int write_timeout_ms; /* a connection whose peer takes no byte of waiting output for so long is
@@ -1840,8 +1857,9 @@ typedef struct crpc_server_options {
     int lame_ms;  /* how long a stopping server goes on serving after it has unregistered, because
                      consumers learn of it a little later. 0: 1000 with a registry, else none. -1:
                      not at all */
-    int drain_ms; /* how long a stopping server then waits for requests in service. 0: 5000. -1: not
-                     at all */
+    int drain_ms; /* how long a stopping server then waits for requests in service. Those that are
+                     left get CRPC_ELOGOFF if their handler was not called, else CRPC_ECANCELED, and
+                     as long again, at most a second, to leave. 0: 5000. -1: not at all */
     int quiet_ms; /* a stopping server closes a connection when nothing has happened on it for so
                      long, or for three round trips if that is longer: by then a request that was
                      under way has arrived. 0: 100. -1: 0 */
@@ -1914,8 +1932,9 @@ CRPC_API CRPC_MUST_CHECK int crpc_server_run(crpc_server *server);
  * accepts the connections that the kernel has queued and closes its listeners. It tells crpc peers
  * that it is stopping, and serves them until they end their connections, which they do at once when
  * they have all replies. It answers new requests of other peers with CRPC_ELOGOFF. It closes each
- * connection when that has been quiet for quiet_ms, and all that are left after drain_ms. A second
- * call does nothing. Any thread, any callback; a signal handler calls crpc_loop_stop instead. */
+ * connection when that has been quiet for quiet_ms. After drain_ms it answers the requests that are
+ * left, as drain_ms says, and closes all connections. A second call does nothing. Any thread, any
+ * callback; a signal handler calls crpc_loop_stop instead. */
 CRPC_API void crpc_server_stop(crpc_server *server);
 
 /* Stops the server as crpc_server_stop does, waits for that and for handlers on workers and I/O
@@ -1974,9 +1993,9 @@ CRPC_API int crpc_context_error(crpc_context *context, int status, const char *f
 
 /* Finishes a request whose handler has returned CRPC_EPENDING, or is about to. `status` is as a
  * handler would return it; CRPC_EPENDING counts as CRPC_EINTERNAL. The context is gone afterwards.
- * CRPC_OK: the reply is queued. CRPC_EGONE: the connection is closed or the server has stopped, and
- * nothing is sent. A peer that has shut down only its sending side still gets its reply. Any
- * thread. */
+ * CRPC_OK: the reply is queued. CRPC_EGONE: the connection is closed, or the server has stopped or
+ * has answered at drain_ms, and nothing is sent. A peer that has shut down only its sending side
+ * still gets its reply. Any thread. */
 CRPC_API int crpc_context_finish(crpc_context *context, int status);
 
 /* The response struct, for handlers that return CRPC_EPENDING. */
@@ -4482,12 +4501,17 @@ CRPCI_COLD bool crpci_message_self_check(void)
 #define CRPCI_MESSAGE_ID_FIELD  "crpc-rid"
 #define CRPCI_MESSAGE_KEY_FIELD "crpc-key"
 
-/* These have the value 1. By the first two, crpc peers know each other: they are in the first frame
- * of a connection in each direction. The third is in a stopping server's farewell, a reply of
- * CRPC_ELOGOFF with an id that no call has. */
+/* By the first two crpc peers know each other: they are in the first frame of a connection in each
+ * direction. The value of the second names the run of the server, its incarnation. The third is in
+ * a server's farewell, a reply of CRPC_ELOGOFF with an id that no call has: 1 if the server stops,
+ * 2 if only this connection ends. The fourth is in a request with an id that is sent again: the
+ * incarnation that it was sent to, if it is known, a blank, and its age in milliseconds. */
 #define CRPCI_MESSAGE_PEER_FIELD     "crpc-peer"
 #define CRPCI_MESSAGE_SERVER_FIELD   "crpc-server"
 #define CRPCI_MESSAGE_FAREWELL_FIELD "crpc-farewell"
+#define CRPCI_MESSAGE_REPEAT_FIELD   "crpc-repeat"
+#define CRPCI_MESSAGE_FAREWELL_STOPS "1"
+#define CRPCI_MESSAGE_FAREWELL_ENDS  "2"
 #define CRPCI_MESSAGE_FAREWELL_ID    (-1)
 
 typedef enum crpci_message_kind { CRPCI_MESSAGE_REQUEST, CRPCI_MESSAGE_REPLY } crpci_message_kind;
@@ -4731,10 +4755,10 @@ CRPCI_FN uint8_t *crpci_meta_put_reply(uint8_t *low, uint8_t *payload, size_t pa
     return p;
 }
 
-#define CRPCI_META_MARK 20u /* most bytes that crpci_meta_mark adds: a key of 13 and 7 more */
+#define CRPCI_META_MARK 65u /* most bytes of two marks: a key of 11, a value of 30, 7; 10, 1, 6 */
 
 /* Room that header and meta need at most, besides names, texts, credential and fields: the header,
- * nine varint fields of 11 bytes, keys and lengths, and a mark. */
+ * nine varint fields of 11 bytes, keys and lengths, and two marks. */
 #define CRPCI_META_BOUND (CRPCI_FRAME_HEADER + 9 * 11 + 6 * 6 + CRPCI_META_MARK)
 
 /* A user_fields entry takes at most this besides key and value: three keys, three lengths. */
@@ -4754,13 +4778,13 @@ CRPCI_FN size_t crpci_meta_put_field(uint8_t *out, crpc_view key, crpc_view valu
     return n;
 }
 
-/* Adds a user_fields entry with the value 1 to a finished frame, as the first field of its meta:
- * the header moves down by as many bytes. Returns where the frame begins now. */
-CRPCI_FN uint8_t *crpci_meta_mark(uint8_t *frame, const char *key)
+/* Adds a user_fields entry to a finished frame, as the first field of its meta: the header moves
+ * down by as many bytes. Returns where the frame begins now. */
+CRPCI_FN uint8_t *crpci_meta_mark(uint8_t *frame, const char *key, const char *value)
 {
     uint32_t body = crpci_base_get32(frame + 4), meta = crpci_base_get32(frame + 8), n;
     uint8_t *end = frame + CRPCI_FRAME_HEADER, *p;
-    p = crpci_meta_put_bytes(end, 2, crpc_view_of("1", 1));
+    p = crpci_meta_put_bytes(end, 2, crpc_view_str(value));
     p = crpci_meta_put_bytes(p, 1, crpc_view_str(key));
     p = crpci_meta_put_varint(p, (uint64_t)(end - p));
     *--p = 9 << 3 | 2;
@@ -6397,14 +6421,19 @@ CRPCI_FN void crpci_loop_task_init(crpci_task *t, void (*run)(crpc_loop *, crpci
     t->run = run;
 }
 
+/* Queues a task that runs user code and is not queued yet. */
+CRPCI_FN void crpci_loop_ready_new(crpc_loop *l, crpci_task *t)
+{
+    crpci_loop_assert_locked(l);
+    crpci_list_append(&l->ready, &t->link);
+    crpci_loop_kick(l);
+}
+
 /* Queues a task that runs user code. One that is queued already stays where it is. */
 CRPCI_FN void crpci_loop_ready(crpc_loop *l, crpci_task *t)
 {
-    crpci_loop_assert_locked(l);
-    if (!crpci_list_empty(&t->link))
-        return;
-    crpci_list_append(&l->ready, &t->link);
-    crpci_loop_kick(l);
+    if (crpci_list_empty(&t->link))
+        crpci_loop_ready_new(l, t);
 }
 
 /* Queues an internal task on `resume` or `dirty`. One that is queued already stays where it is. */
@@ -8687,9 +8716,9 @@ typedef struct crpci_protocol {
      * it begins. The attachment is sent behind the payload. */
     uint8_t *(*request)(uint8_t *low, uint8_t *payload, const crpci_message *m);
     uint8_t *(*reply)(uint8_t *low, uint8_t *payload, const crpci_message *m);
-    /* Adds a field with the value 1 to a frame that request or reply has made, in the headroom in
-     * front of it, and returns where the frame begins now. NULL: the protocol has no farewell. */
-    uint8_t *(*mark)(uint8_t *frame, const char *key);
+    /* Adds a field to a frame that request or reply has made, in the headroom in front of it, and
+     * returns where the frame begins now. NULL: the protocol has no farewell. */
+    uint8_t *(*mark)(uint8_t *frame, const char *key, const char *value);
 } crpci_protocol;
 
 /* What the owner of an accepted connection says about the message at the front of its input. From
@@ -8710,6 +8739,7 @@ typedef enum crpci_conn_parting {
 } crpci_conn_parting;
 
 #define CRPCI_CONN_LINGER 1000000 /* microseconds that a connection stays SHUT */
+#define CRPCI_CONN_INCARNATION 17 /* bytes of a server's incarnation as text, the zero included */
 
 /* What an ordered protocol keeps for a connection. Accepted: each request gets a turn, and `held`
  * keeps the replies whose turn has not come, sorted. Dialled: the ring `awaited` holds the ids of
@@ -8744,7 +8774,9 @@ struct crpci_conn {
      * owner has refused it, or `verdict` is ASKED. NULL: all pass. */
     bool (*screen)(struct crpci_conn *c, const crpci_message *m);
     crpci_list cancels; /* crpci_task: what is to run when the peer is gone */
+    crpci_list requests; /* accepted: crpc_context.link of those in service */
     const char *mark; /* field that the first frame to leave will bring; NULL: none, or sent */
+    const char *mark_value;
     uint32_t refs;
     uint32_t busy; /* accepted: requests being served. Dialled: requests that await a reply */
     uint32_t gone; /* atomic: the peer sends no more, or the connection is closed */
@@ -8754,12 +8786,16 @@ struct crpci_conn {
     int broken;    /* errno of a send that failed; the connection closes when its input is read */
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
+    bool answered; /* accepted: those in service have been answered by the end of the server, and no
+                    * other reply is sent */
     bool is_crpc; /* accepted: the peer has said so, and understands a farewell */
     bool refused; /* accepted over max_connections, only to say so */
     bool shut;    /* further input is dropped */
     bool unread; /* input is waiting: it could not be read while another thread wrote */
     uint8_t parting;        /* crpci_conn_parting */
     uint8_t verdict;        /* crpci_conn_verdict */
+    char incarnation[CRPCI_CONN_INCARNATION]; /* dialled: the server's, from its first reply; "":
+                                               * not known */
     uint8_t protocol_index; /* of `protocol` in `protocols` */
     int64_t quiet_us; /* while it LEAVES: when it was last seen at work. SHUT: since then */
     uint64_t quiet_rx; /* bytes of a partial message at that time */
@@ -8806,7 +8842,7 @@ CRPCI_FN bool crpci_conn_ordered(const crpci_conn *c)
 /* Whether the ids of sent requests have to be kept in `awaited`: the side that dialled does so. */
 CRPCI_FN bool crpci_conn_awaits(const crpci_conn *c)
 {
-    return crpci_conn_ordered(c) && !c->protocols;
+    return !c->protocols && crpci_conn_ordered(c); /* an accepted one may have no protocol yet */
 }
 
 CRPCI_FN size_t crpci_conn_out_len(const crpci_out *o)
@@ -9160,7 +9196,8 @@ CRPCI_COLD void crpci_conn_put_mark(crpci_conn *c)
     const uint8_t *head = o->head;
     if (o->sent || o->marked)
         return;
-    o->head = c->protocol->mark((uint8_t *)(uintptr_t)head, c->mark); /* in the frame's chunk */
+    o->head = c->protocol->mark((uint8_t *)(uintptr_t)head, c->mark, /* in the frame's chunk */
+                                c->mark_value);
     o->head_len += (size_t)(head - o->head);
     c->tx_bytes += head - o->head;
     o->marked = true;
@@ -10031,6 +10068,7 @@ CRPCI_FN crpci_conn *crpci_connect_new(crpc_loop *l, int fd, bool connecting,
     c->tx_sum = &c->tx_own;
     crpci_list_init(&c->cancels);
     crpci_list_init(&c->admission);
+    crpci_list_init(&c->requests);
     c->opened_us = c->active_us = c->arrived_us = crpci_loop_now(l);
     crpci_watch_init(&c->watch, crpci_connect_event);
     crpci_loop_task_init(&c->flush, crpci_conn_flush_task);
@@ -17466,6 +17504,12 @@ typedef struct crpci_request_source {
     crpci_method *methods; /* atomic: read without the lock; entries are only ever added */
 } crpci_request_source;
 
+typedef enum crpci_request_identity {
+    CRPCI_REQUEST_ANONYMOUS,
+    CRPCI_REQUEST_IDENTIFIED, /* it has an id: a server with replay_entries executes it once */
+    CRPCI_REQUEST_REPEATED /* and may have been executed: only the server that did may answer it */
+} crpci_request_identity;
+
 /* An encoded request. Its chunk holds, in this order: `front` bytes of the caller, which begin with
  * this struct, as a pending call does; the crpci_out; fields; credential; headroom for what the
  * protocol writes first; the message; a small attachment. */
@@ -17480,7 +17524,7 @@ typedef struct crpci_request {
     crpc_view attachment; /* outside the chunk, borrowed from the caller */
     crpc_view names;      /* this and the rest as in crpci_message */
     int64_t log_id, trace_id, span_id, parent_span_id;
-    bool identified; /* it has a request id: a server with replay_entries executes it once */
+    crpci_request_identity identity;
     bool asked;      /* its credential came from the channel's function */
 } crpci_request;
 
@@ -17915,7 +17959,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     r->inline_size = copied;
     r->attachment = attached > copied ? call->attachment : crpc_view_of(NULL, 0);
     r->names = k->names;
-    r->identified = crpc_view_data(id) != NULL;
+    r->identity = crpc_view_data(id) ? CRPCI_REQUEST_IDENTIFIED : CRPCI_REQUEST_ANONYMOUS;
     r->asked = asked;
     crpci_request_inherit(call, r);
     crpci_request_frame(r)->queued = false; /* sending sets the other members */
@@ -18254,6 +18298,9 @@ typedef struct crpci_attempt {
     crpci_endpoint *endpoint; /* of this attempt or the last one; a reference */
     crpci_conn *conn;         /* while ACTIVE */
     int64_t deadline_us;
+    /* of a REPEATED request: when its call began, and the incarnation that it was first sent to */
+    int64_t first_us;
+    char incarnation[CRPCI_CONN_INCARNATION];
     crpci_reply reply;
 } crpci_attempt;
 
@@ -18401,6 +18448,22 @@ CRPCI_COLD void crpci_endpoint_overcrowded(crpci_attempt *a)
     e->events->failed(a, CRPC_EOVERCROWDED, cause);
 }
 
+/* Tells the server that it may have executed a request before. Its age counts until now: it may
+ * have waited long for the connection. */
+CRPCI_COLD void crpci_endpoint_mark_repeat(const crpci_endpoint *e, const crpci_attempt *a,
+                                           crpci_out *o)
+{
+    int64_t age = (crpci_loop_now(e->loop) - a->first_us) / 1000 + 1;
+    const uint8_t *head = o->head;
+    char value[CRPCI_CONN_INCARNATION + 16];
+    if (!e->options.protocol->mark)
+        return;
+    snprintf(value, sizeof value, "%s %d", a->incarnation, (int)crpci_base_min64(age, INT32_MAX));
+    o->head = e->options.protocol->mark((uint8_t *)(uintptr_t)head, CRPCI_MESSAGE_REPEAT_FIELD,
+                                        value);
+    o->head_len += (size_t)(head - o->head);
+}
+
 /* Queues the attempt's frame on the open connection, or fails the attempt if the queue is full. The
  * request's remaining time is written here, so that time spent waiting counts. */
 CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
@@ -18409,6 +18472,8 @@ CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
     int64_t left = (a->deadline_us - crpci_loop_rough_time(e->loop)) / 1000;
     crpci_out *o = crpci_request_prepare(&a->request, e->options.protocol, id,
                                          (int32_t)(left > 1 ? left : 1));
+    if (CRPCI_UNLIKELY(a->request.identity == CRPCI_REQUEST_REPEATED))
+        crpci_endpoint_mark_repeat(e, a, o);
     if (e->options.max_queued &&
         e->conn->tx_bytes + (int64_t)crpci_conn_out_len(o) > e->options.max_queued) {
         crpci_endpoint_overcrowded(a);
@@ -18505,19 +18570,29 @@ CRPCI_FN void crpci_endpoint_on_opened(crpci_conn *conn)
  * connection's events lead back here: a cycle, hence this prototype. */
 CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e);
 
-/* Whether a message is a stopping server's farewell. */
-CRPCI_COLD bool crpci_endpoint_is_farewell(const crpci_conn *c, const crpci_message *m)
+/* Whether a message is a server's farewell; *value says why it comes. */
+CRPCI_COLD bool crpci_endpoint_is_farewell(const crpci_conn *c, const crpci_message *m,
+                                           crpc_view *value)
 {
-    crpc_view value;
     return m->id == CRPCI_MESSAGE_FAREWELL_ID && m->status == CRPC_ELOGOFF &&
-           c->protocol->field(m->fields, CRPCI_MESSAGE_FAREWELL_FIELD, &value);
+           c->protocol->field(m->fields, CRPCI_MESSAGE_FAREWELL_FIELD, value);
 }
 
-/* The server of a connection is stopping. It answers what was sent, and waits for the end of this
- * side's output. What is unsent waits for another connection: perhaps another server listens there
- * already; if none does, dialling fails at once and the attempts go elsewhere. The endpoint is not
- * chosen for a second. */
-CRPCI_COLD void crpci_endpoint_farewell(crpci_endpoint *e, crpci_conn *conn)
+/* Takes the server's incarnation from its first reply on a connection. */
+CRPCI_COLD void crpci_endpoint_meet(crpci_conn *c, const crpci_message *m)
+{
+    crpc_view value;
+    if (!c->incarnation[0] && m->has_fields &&
+        c->protocol->field(m->fields, CRPCI_MESSAGE_SERVER_FIELD, &value) &&
+        crpc_view_size(value) < sizeof c->incarnation)
+        crpc_view_copy(value, c->incarnation, sizeof c->incarnation);
+}
+
+/* The server of a connection is stopping (`stops`), or ends only this connection. It answers what
+ * was sent, and waits for the end of this side's output. What is unsent waits for another
+ * connection: perhaps another server listens there already; if none does, dialling fails at once
+ * and the attempts go elsewhere. The endpoint of a stopping server is not chosen for a second. */
+CRPCI_COLD void crpci_endpoint_farewell(crpci_endpoint *e, crpci_conn *conn, bool stops)
 {
     crpci_list unsent;
     if (conn->parting)
@@ -18536,7 +18611,7 @@ CRPCI_COLD void crpci_endpoint_farewell(crpci_endpoint *e, crpci_conn *conn)
     e->refs++; /* a failing attempt drops its reference to the endpoint */
     if (!crpci_list_empty(&e->waiting))
         crpci_endpoint_dial(e);
-    if (!e->conn || e->conn->connecting)
+    if (stops && (!e->conn || e->conn->connecting))
         e->usable_at = crpci_loop_now(e->loop) + CRPCI_ENDPOINT_BACKOFF_MAX;
     crpci_endpoint_drop(e);
 }
@@ -18548,10 +18623,13 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
     crpci_attempt *a;
-    if (!m->usual && crpci_endpoint_is_farewell(conn, m)) {
-        crpci_endpoint_farewell(e, conn);
+    crpc_view why;
+    if (!m->usual && crpci_endpoint_is_farewell(conn, m, &why)) {
+        crpci_endpoint_farewell(e, conn, !crpc_view_equal(why, CRPCI_MESSAGE_FAREWELL_ENDS));
         return;
     }
+    if (!m->usual)
+        crpci_endpoint_meet(conn, m);
     a = crpci_endpoint_match(conn, m);
     if (!a) {
         crpci_endpoint_serve_waiting(e); /* perhaps they waited for this to be read */
@@ -18681,6 +18759,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     e->conn->max_body = e->options.max_body;
     e->conn->expect = crpc_view_of("", 0);
     e->conn->mark = e->options.protocol->mark ? CRPCI_MESSAGE_PEER_FIELD : NULL;
+    e->conn->mark_value = "1";
     e->conn->max_skip = (int64_t)UINT32_MAX; /* a provider is trusted: skip replies of any size */
     if (e->options.connect_timeout_ms > 0)
         crpci_loop_timer_set(l, &e->conn->timer, (int64_t)e->options.connect_timeout_ms * 1000);
@@ -19648,7 +19727,7 @@ CRPCI_FN void crpci_attempt_start(crpci_pending_call *c, crpci_member *m)
 CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
 {
     bool twice = (c->method->method->flags & CRPC_METHOD_IDEMPOTENT) ||
-                 c->attempt.request.identified;
+                 c->attempt.request.identity != CRPCI_REQUEST_ANONYMOUS;
     bool harmless = c->attempt.sent == CRPC_SENT_NO || crpci_attempt_refused(code) ||
                     (twice && code == CRPC_ECONN);
     return harmless && c->tried.attempts < c->tried.max_attempts && !c->channel->closed &&
@@ -19718,17 +19797,34 @@ CRPCI_FN bool crpci_attempt_affordable(crpci_pending_call *c, const crpci_member
 #endif
 }
 
+/* A request with an id was sent, at least in part, and got no answer: from here on only the server
+ * that may have executed it is to take it. Not bound to a server are methods that may run twice,
+ * and the attempts of policies that send a request several times. */
+CRPCI_COLD void crpci_attempt_bind(crpci_pending_call *c, const crpci_conn *conn)
+{
+    crpci_attempt *a = &c->attempt;
+    if (a->sent == CRPC_SENT_NO || c->kind >= CRPCI_CALL_PART ||
+        (c->method->method->flags & CRPC_METHOD_IDEMPOTENT))
+        return;
+    a->request.identity = CRPCI_REQUEST_REPEATED;
+    a->first_us = c->start_us;
+    memcpy(a->incarnation, conn->incarnation, sizeof a->incarnation);
+}
+
 /* The present attempt has failed: makes the next one, or ends the call with `code` and `cause`. */
 CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
     crpc_channel *ch = c->channel;
     crpci_endpoint *e = a->endpoint;
+    const crpci_conn *conn = a->state == CRPCI_ATTEMPT_ACTIVE ? a->conn : NULL;
     bool again, stale = code == CRPC_ECONN && !e->refused;
     crpci_member *m;
     if (code == CRPC_EOVERCROWDED && !e->conn->tx_bytes)
         c->tried.max_attempts = c->tried.attempts; /* no queue can take it: a retry is useless */
     crpci_endpoint_detach(a);
+    if (conn && a->request.identity == CRPCI_REQUEST_IDENTIFIED && !crpci_attempt_refused(code))
+        crpci_attempt_bind(c, conn);
     crpci_attempt_end(c, code == CRPC_ECONN ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
     again = crpci_attempt_may_retry(c, code);
     if (!crpci_attempt_refused(code) && a->sent > c->before)
@@ -19838,20 +19934,33 @@ CRPCI_COLD void crpci_attempt_on_answered(crpc_loop *l, crpci_task *task)
     }
 }
 
-/* A reply has come. One of a server that is stopping or at a limit counts as a failed attempt, if
- * there is another provider to try, and one that refuses the credential may be worth another one;
- * any other one ends the call. */
+/* Makes a failed attempt of a reply that another provider may better: the server is at a limit or
+ * is stopping, or it stopped before the handler of an idempotent method had ended, which is as if
+ * the connection was lost. False: the reply counts. */
+CRPCI_COLD bool crpci_attempt_declined(crpci_attempt *a, int code)
+{
+    crpci_pending_call *c = crpci_attempt_call(a);
+    bool cut = code == CRPC_ECANCELED && (c->method->method->flags & CRPC_METHOD_IDEMPOTENT);
+    if ((!cut && !crpci_attempt_refused(code)) || c->channel->providers.count < 2 ||
+        c->tried.attempts >= c->tried.max_attempts)
+        return false;
+    if (cut)
+        crpci_attempt_failed(a, CRPC_ECONN,
+                             CRPCI_STATUS_TEXT("the server stopped before it had a reply"));
+    else
+        crpci_attempt_failed(a, code,
+                             code == CRPC_ELIMIT ? CRPCI_STATUS_TEXT("the server is at a limit")
+                                                 : CRPCI_STATUS_TEXT("the server is stopping"));
+    return true;
+}
+
+/* A reply has come. It may count as a failed attempt, or refuse the credential, which may be worth
+ * another one; any other reply ends the call. */
 CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
-    if (!m->usual && crpci_attempt_refused(m->status) &&
-        c->tried.attempts < c->tried.max_attempts && c->channel->providers.count > 1) {
-        crpci_attempt_failed(a, m->status,
-                             m->status == CRPC_ELIMIT
-                                 ? CRPCI_STATUS_TEXT("the server is at a limit")
-                                 : CRPCI_STATUS_TEXT("the server is stopping"));
+    if (!m->usual && m->status && crpci_attempt_declined(a, m->status))
         return;
-    }
     if (CRPCI_UNLIKELY(a->request.asked) && !m->usual && m->status == CRPC_EAUTH &&
         crpci_attempt_reauthenticate(c))
         return;
@@ -20144,6 +20253,8 @@ CRPCI_COLD crpci_pending_call *crpci_cluster_part(crpci_pending_call *c)
     /* The provider is not charged for the call's wait. */
     crpci_attempt_init(part, c->channel, c->method, CRPCI_CALL_PART, crpci_loop_time(l));
     crpci_request_copy(&part->attempt.request, &c->attempt.request, chunk, CRPCI_PENDING_SIZE);
+    if (part->attempt.request.identity == CRPCI_REQUEST_REPEATED) /* a policy that sends it again */
+        part->attempt.request.identity = CRPCI_REQUEST_IDENTIFIED;
     part->attempt.deadline_us = c->attempt.deadline_us;
     part->policy = c->policy;
     part->policy.cluster = CRPC_CLUSTER_FAILFAST;
@@ -22674,6 +22785,7 @@ typedef enum crpci_server_state {
     CRPCI_SERVER_RUNNING,
     CRPCI_SERVER_LAME,     /* has left the registry, and serves on while clients learn of it */
     CRPCI_SERVER_STOPPING, /* listeners close; crpc peers leave, others get ELOGOFF */
+    CRPCI_SERVER_ENDING,   /* drain_ms has passed: requests are answered, and no handler begins */
     CRPCI_SERVER_STOPPED   /* connections are closed; replies that are finished now are dropped */
 } crpci_server_state;
 
@@ -22700,6 +22812,8 @@ struct crpc_server {
     uint32_t max_serving; /* at which further requests get CRPC_ELIMIT */
     uint32_t fair_serving; /* from which on an account gets no more than its share */
     uint32_t connections; /* atomic: open ones, of all loops */
+    char incarnation[CRPCI_CONN_INCARNATION]; /* names this run of the server */
+    int64_t opened_us;
     bool private_loop;    /* the server opened `loop` and closes it */
     void (*destroy)(crpc_server *s); /* the lifecycle section's: frees it with the last reference */
     crpci_service_map services;
@@ -22772,6 +22886,7 @@ struct crpc_context {
     void *request;
     void *response;
     size_t reply_at; /* offset in the block: from here the reply is encoded, if it fits */
+    crpci_list link; /* in conn->requests */
     /* the request, as in its crpci_message */
     crpc_view received; /* fields */
     int64_t id;
@@ -22786,6 +22901,7 @@ struct crpc_context {
     crpci_cancel *cancel; /* NULL: none */
     size_t intercepted; /* interceptors whose `before` has passed, so that `after` is due */
     int app_code;       /* set by crpc_context_fail; 0: none */
+    bool unbegun;       /* found out when the server ends: its handler is never called */
     char *text; /* for the error reply; NULL: the text of the status. In `extra` */
     char *peer; /* address, as crpc_context_peer formats it; NULL: not asked for. In `extra` */
     crpci_message_out fields; /* of the reply */
@@ -22806,11 +22922,12 @@ CRPCI_FN bool crpci_context_guarded(const crpc_context *x)
 /* Makes the frame of a reply. Text, fields and payload are copied; the attachment behind the
  * payload is not, so the caller sees to it that its bytes outlive the frame (tail_chunk). NULL: out
  * of memory. */
-CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, const crpci_message *m)
+CRPCI_COLD crpci_out *crpci_context_frame(crpci_heap *heap, const crpci_protocol *p,
+                                          const crpci_message *m)
 {
-    size_t head = sizeof(crpci_out) + conn->protocol->headroom + crpc_view_size(m->text) +
+    size_t head = sizeof(crpci_out) + p->headroom + crpc_view_size(m->text) +
                   crpc_view_size(m->fields);
-    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, head + m->payload_size);
+    crpci_chunk *chunk = crpci_heap_chunk(heap, head + m->payload_size);
     uint8_t *data;
     crpci_out *o;
     if (!chunk)
@@ -22820,7 +22937,7 @@ CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, const crpci_message 
     memset(o, 0, sizeof *o);
     if (m->payload_size)
         memcpy(data + head, m->payload, m->payload_size);
-    o->head = conn->protocol->reply(data + sizeof *o, data + head, m);
+    o->head = p->reply(data + sizeof *o, data + head, m);
     o->head_len = (size_t)(data + head + m->payload_size - o->head);
     o->chunk = chunk;
     o->tail = m->attachment_size ? m->payload + m->payload_size : NULL;
@@ -22842,7 +22959,7 @@ CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, const crpci_message *m, i
     reply.id = m->id;
     reply.status = code;
     reply.text = crpc_view_of(text, crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX));
-    o = crpci_context_frame(conn, &reply);
+    o = crpci_context_frame(conn->loop->heap, conn->protocol, &reply);
     conn->loop->stats.limited += code == CRPC_ELIMIT;
     if (o)
         crpci_conn_reply(conn, o, m->turn);
@@ -23094,6 +23211,7 @@ CRPCI_COLD void crpci_context_reject(crpc_context *x)
 {
     crpc_server *s = x->server;
     crpci_conn *conn = x->conn;
+    crpci_list_remove(&x->link);
     crpci_context_free(x);
     if (crpci_context_end(conn))
         crpci_context_release(s, conn->loop);
@@ -23214,23 +23332,27 @@ CRPCI_FN void crpci_context_conclude(crpc_context *x, int status)
 }
 
 /* Frees the context of a concluded request and queues its reply; the caller or the driver sends it.
- * Locked. The connection may have closed in the meantime: then the reply is dropped. True:
- * crpci_context_release is due. */
+ * Locked. The connection may have closed in the meantime, or the request may have been answered
+ * when the server ended: then the reply is dropped. True: crpci_context_release is due. */
 CRPCI_FN bool crpci_context_reply(crpc_context *x)
 {
     crpci_conn *conn = x->conn;
     crpci_out *reply = x->reply;
     uint32_t turn = x->turn;
     bool last;
-    if (x->chunk)
+    x->link.prev->next = x->link.next;
+    x->link.next->prev = x->link.prev;
+    if (x->chunk) {
         crpci_loop_unshare(x->loop, x->chunk);
-    x->chunk = NULL;
+        x->chunk = NULL;
+    }
     crpci_context_free(x);
     crpci_conn_hold(conn);
     last = crpci_context_end(conn);
-    if (conn->closed) {
+    if (CRPCI_UNLIKELY(conn->closed || conn->answered)) {
         if (reply)
             crpci_conn_out_free(reply);
+        crpci_context_close_if_done(conn);
     } else if (reply) {
         crpci_conn_reply(conn, reply, turn);
         crpci_context_throttle(conn);
@@ -23262,7 +23384,8 @@ CRPCI_COLD void crpci_context_disarm(crpc_context *x)
 }
 
 /* Ends a request on any thread, without the lock. CRPC_EGONE: nobody gets the reply, because the
- * connection is closed, the server has stopped, or there was no memory for it. */
+ * connection is closed, the server has stopped or has answered the request already, or there was no
+ * memory for it. */
 CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
 {
     crpc_server *s = x->server;
@@ -23272,7 +23395,7 @@ CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
         crpci_context_disarm(x);
     crpci_context_conclude(x, status);
     crpci_loop_lock(l);
-    gone = !x->reply || x->conn->closed;
+    gone = !x->reply || x->conn->closed || x->conn->answered;
     last = crpci_context_reply(x);
     if (crpci_loop_may_send(l))
         crpci_loop_run_list(l, &l->dirty);
@@ -23296,7 +23419,7 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
     if (CRPCI_UNLIKELY(x->origin.deadline_us != INT64_MAX) &&
         crpci_heap_rough_now(s->heap) >= x->origin.deadline_us)
         return crpci_context_error(x, CRPC_ETIMEDOUT, "deadline passed before the handler ran");
-    if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPED)
+    if (crpci_thread_load(&s->state) >= CRPCI_SERVER_ENDING)
         return CRPC_ELOGOFF;
     while (x->intercepted < s->options.interceptor_count && !err) {
         const crpc_server_interceptor *i = &s->options.interceptors[x->intercepted];
@@ -23342,7 +23465,7 @@ CRPCI_FN const char *crpci_context_dispatch(crpc_context *x, bool admitted)
 {
     crpc_server *s = x->server;
     if (CRPCI_LIKELY(!s->worker_count))
-        crpci_loop_ready(x->loop, &x->task);
+        crpci_loop_ready_new(x->loop, &x->task);
     else if (!crpci_worker_put(&s->workers, crpci_context_flow(x), &x->task, admitted))
         return CRPCI_CONTEXT_CROWDED;
     return NULL;
@@ -23419,7 +23542,8 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     }
     x->origin.deadline_us =
         m->timeout_ms > 0 ? conn->active_us + (int64_t)m->timeout_ms * 1000 : INT64_MAX;
-    crpci_loop_task_init(&x->task, crpci_context_task);
+    x->task.run = crpci_context_task; /* its link is first used to queue it */
+    crpci_list_append(&conn->requests, &x->link);
     crpci_context_begin(s, conn);
     return x;
 }
@@ -23782,11 +23906,22 @@ CRPCI_COLD uint64_t crpci_auth_principal(const crpci_conn *conn, const uint64_t 
  * the thread that uses the context. s->guard.lock protects quotas, clients, order and replay
  * entries. It is held for bookkeeping only, never while a handler runs. */
 
+#define CRPCI_GUARD_FORGOTTEN                                                                      \
+    "this server did not run when the request was sent first, or does not remember it (replay_ms)"
+
+/* What a request waits for before its handler is called. Changed under s->guard.lock. */
+typedef enum crpci_guard_wait {
+    CRPCI_GUARD_NOTHING,
+    CRPCI_GUARD_TURN, /* of its ordering key */
+    CRPCI_GUARD_REPLY /* to another request with its id, whose handler has been called */
+} crpci_guard_wait;
+
 /* The guard's part of one request. Intake fills one on its stack; a request that is let in has a
  * copy in its context's memory. */
 typedef struct crpci_guard {
     crpc_context *context;
     bool ordered; /* `order` is in s->guard.order, or about to be */
+    crpci_guard_wait waits;
     crpci_order_item order;
     uint64_t principal;        /* hash of the sender's identity; 0: it has none */
     crpc_view id;              /* request id, in the request's bytes; empty: none */
@@ -23820,7 +23955,9 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
         return crpci_context_dispatch(x, false);
     crpci_thread_lock(&s->guard.lock);
     err = crpci_order_enter(&s->guard.order, &g->order);
-    if (err == CRPC_ELIMIT)
+    if (err == CRPC_EPENDING)
+        g->waits = CRPCI_GUARD_TURN;
+    else if (err)
         why = CRPCI_CONTEXT_CROWDED;
     else if (!err)
         why = crpci_context_dispatch(x, false);
@@ -23852,6 +23989,8 @@ CRPCI_COLD crpc_context *crpci_guard_leave(crpc_server *s, crpci_guard *g)
     crpci_order_item *next;
     crpci_thread_lock(&s->guard.lock);
     next = crpci_order_leave(&s->guard.order, &g->order);
+    if (next)
+        CRPCI_CONTAINER(next, crpci_guard, order)->waits = CRPCI_GUARD_NOTHING;
     crpci_thread_unlock(&s->guard.lock);
     g->ordered = false;
     return next ? CRPCI_CONTAINER(next, crpci_guard, order)->context : NULL;
@@ -23898,6 +24037,51 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
                                "the request was executed before, but its reply was not kept");
 }
 
+/* Notes for each request on a connection whether its handler has not been called. The lock of the
+ * connection's loop is held; the other locks let no request begin meanwhile. */
+CRPCI_COLD void crpci_guard_find_unbegun(crpc_server *s, crpci_conn *conn)
+{
+    crpci_list *i;
+    if (CRPC_ENABLE_POLICY)
+        crpci_thread_lock(&s->guard.lock);
+    if (s->worker_count)
+        crpci_thread_lock(&s->workers.lock);
+    for (i = conn->requests.next; i != &conn->requests; i = i->next) {
+        crpc_context *x = CRPCI_CONTAINER(i, crpc_context, link);
+        crpci_guard_wait waits = x->guard ? x->guard->waits : CRPCI_GUARD_NOTHING;
+        x->unbegun = waits == CRPCI_GUARD_TURN ||
+                     (waits == CRPCI_GUARD_NOTHING && !crpci_list_empty(&x->task.link));
+    }
+    if (s->worker_count)
+        crpci_thread_unlock(&s->workers.lock);
+    if (CRPC_ENABLE_POLICY)
+        crpci_thread_unlock(&s->guard.lock);
+}
+
+/* Whether a request for which there is no entry was sent before, to another server or to this one,
+ * which may have forgotten it. Without an incarnation its age tells; a second is allowed for the
+ * time on the way. No entry goes earlier than replay_ms after the first sending. */
+CRPCI_COLD bool crpci_guard_forgotten(const crpc_server *s, const crpci_protocol *p,
+                                      crpc_view fields)
+{
+    char text[CRPCI_CONN_INCARNATION + 16], *blank;
+    crpc_view value;
+    int64_t age;
+    if (!p->field(fields, CRPCI_MESSAGE_REPEAT_FIELD, &value))
+        return false;
+    if (crpc_view_size(value) >= sizeof text)
+        return true;
+    crpc_view_copy(value, text, sizeof text);
+    blank = strchr(text, ' ');
+    age = blank && blank[1] >= '0' && blank[1] <= '9' ? strtoll(blank + 1, NULL, 10) : -1;
+    if (age < 0 || age >= s->guard.replay.keep_us / 1000)
+        return true;
+    *blank = '\0';
+    if (text[0])
+        return strcmp(text, s->incarnation) != 0;
+    return crpci_heap_now(s->heap) - s->opened_us < (age + 1000) * 1000;
+}
+
 /* A digest of a request's message and attachment. */
 CRPCI_COLD uint64_t crpci_guard_digest(const crpc_context *x)
 {
@@ -23930,7 +24114,7 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
     crpc_server *s = x->server;
     crpci_guard *g = x->guard;
     crpci_replay_entry *e = NULL;
-    bool waits = false, full = false, other = false;
+    bool waits = false, full = false, other = false, forgotten = false;
     if (crpc_view_size(g->id)) {
         uint64_t digest = crpci_guard_digest(x);
         crpci_thread_lock(&s->guard.lock);
@@ -23938,12 +24122,15 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
                               crpci_heap_rough_now(s->heap));
         other = e && e->digest != digest;
         waits = e && !other && !e->finished;
+        forgotten = !e && crpci_guard_forgotten(s, x->conn->protocol, x->received);
         if (!e)
-            full = !crpci_guard_remember(x, digest);
+            full = !forgotten && !crpci_guard_remember(x, digest);
         else if (waits)
             crpci_list_append(&e->waiting, &x->task.link);
         else if (!other)
             g->reply = crpci_guard_ref(e->reply);
+        if (waits)
+            g->waits = CRPCI_GUARD_REPLY;
         s->guard.replayed += e && !other;
         crpci_thread_unlock(&s->guard.lock);
     }
@@ -23952,6 +24139,8 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
     if (other)
         return crpci_context_error(x, CRPC_EREQUEST,
                                    "another request had the same id (crpc-rid) before");
+    if (forgotten)
+        return crpci_context_error(x, CRPC_EREPEAT, CRPCI_GUARD_FORGOTTEN);
     if (full)
         return crpci_context_error(x, CRPC_ELIMIT,
                                    "no entry is free to remember the request (replay_entries)");
@@ -24017,7 +24206,7 @@ CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
     if (reply) {
         m = ((const crpci_replay_reply *)(const void *)crpci_heap_data(reply))->m;
         m.id = x->id;
-        out = crpci_context_frame(x->conn, &m);
+        out = crpci_context_frame(x->loop->heap, x->conn->protocol, &m);
         if (out && out->tail_len)
             out->tail_chunk = crpci_guard_ref(reply);
     } else {
@@ -24258,6 +24447,8 @@ CRPCI_COLD void crpci_intake_refuse(crpci_conn *conn, const crpci_message *m, in
 }
 
 #define CRPCI_INTAKE_OLD_US 100000 /* between two looks at an old connection */
+#define CRPCI_INTAKE_OLD_LONGEST_US 10000000 /* how long after a farewell it may go on being used */
+#define CRPCI_INTAKE_STOPPING "the server is stopping"
 
 /* Finds the method of a request. NULL: there is none, and the request has been refused. The names
  * are remembered as those that the connection's next request is likely to have: the protocol then
@@ -24295,10 +24486,16 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
 CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                  const crpci_service_method *method)
 {
-    bool guarded = CRPC_ENABLE_POLICY && (s->guard.all || (!m->usual && m->has_fields));
+    bool fields = !m->usual && m->has_fields;
+    bool guarded = CRPC_ENABLE_POLICY && (s->guard.all || fields);
     const char *why = NULL;
     crpc_context *x = NULL;
     crpci_guard g;
+    if (CRPCI_UNLIKELY(fields) && !s->guard.replay.buckets &&
+        crpci_guard_forgotten(s, conn->protocol, m->fields)) {
+        crpci_context_refuse(conn, m, CRPC_EREPEAT, CRPCI_GUARD_FORGOTTEN);
+        return;
+    }
     if (CRPCI_UNLIKELY(guarded)) {
         if (!crpci_guard_inspect(s, conn, m, &g))
             return;
@@ -24330,10 +24527,13 @@ CRPCI_COLD bool crpci_intake_may_serve(crpc_server *s, crpci_conn *conn)
                               : serving < s->max_serving;
 }
 
-/* Tells a crpc peer that the server is stopping. Its requests are served until it ends its output,
- * which it does when it has the replies to all that it had sent. */
-CRPCI_COLD void crpci_intake_say_farewell(crpci_conn *conn)
+/* Tells a crpc peer that the server is stopping, or that the connection is old. Its requests are
+ * served until it ends its output, which it does when it has the replies to all that it had sent.
+ * What has not sent a byte yet may be crpc, and speaks no other protocol if it is. */
+CRPCI_COLD void crpci_intake_say_farewell(const crpc_server *s, crpci_conn *conn)
 {
+    const crpci_protocol *p = conn->protocol ? conn->protocol : &crpci_baidu;
+    bool stops = crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING;
     uint8_t field[64]; /* enough for the key, the value and field_cost */
     crpci_message m;
     crpci_out *o;
@@ -24341,10 +24541,11 @@ CRPCI_COLD void crpci_intake_say_farewell(crpci_conn *conn)
     m.kind = CRPCI_MESSAGE_REPLY;
     m.id = CRPCI_MESSAGE_FAREWELL_ID;
     m.status = CRPC_ELOGOFF;
-    m.fields = crpc_view_of(field, conn->protocol->put_field(
-                                       field, crpc_view_str(CRPCI_MESSAGE_FAREWELL_FIELD),
-                                       crpc_view_of("1", 1)));
-    o = crpci_context_frame(conn, &m);
+    m.fields = crpc_view_of(
+        field, p->put_field(field, crpc_view_str(CRPCI_MESSAGE_FAREWELL_FIELD),
+                            crpc_view_str(stops ? CRPCI_MESSAGE_FAREWELL_STOPS
+                                                : CRPCI_MESSAGE_FAREWELL_ENDS)));
+    o = crpci_context_frame(conn->loop->heap, p, &m);
     if (o) /* else the peer learns of it by the end of the connection */
         crpci_conn_queue(conn, o);
 }
@@ -24358,8 +24559,9 @@ CRPCI_COLD void crpci_intake_greet(crpci_conn *conn, const crpci_message *m)
         return;
     conn->is_crpc = true;
     conn->mark = CRPCI_MESSAGE_SERVER_FIELD;
+    conn->mark_value = ((const crpc_server *)conn->owner)->incarnation;
     if (conn->parting == CRPCI_CONN_LEAVES)
-        crpci_intake_say_farewell(conn);
+        crpci_intake_say_farewell((const crpc_server *)conn->owner, conn);
 }
 
 /* A request is complete. */
@@ -24378,8 +24580,9 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
         crpci_context_throttle(conn);
         return;
     }
-    if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) && !conn->is_crpc) {
-        crpci_context_refuse(conn, m, CRPC_ELOGOFF, "the server is stopping");
+    if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) &&
+        (!conn->is_crpc || crpci_thread_load(&s->state) >= CRPCI_SERVER_ENDING)) {
+        crpci_context_refuse(conn, m, CRPC_ELOGOFF, CRPCI_INTAKE_STOPPING);
         crpci_context_throttle(conn);
         return;
     }
@@ -24448,11 +24651,57 @@ CRPCI_FN void crpci_intake_expire(crpci_conn *conn)
     crpci_conn_close(conn, CRPC_ECLOSE, 0);
 }
 
-/* When an old connection is to be closed, or looked at again because it is at work. */
-CRPCI_COLD int64_t crpci_intake_old_end(const crpci_conn *conn, int64_t now)
+/* A partial message that has not grown for so many microseconds does not hold up a stop. */
+#define CRPCI_INTAKE_STALLED 1000000
+
+/* Brings a connection nearer to its end, because its server is stopping or because it is old. It is
+ * shut when it has been quiet for so long that a request under way would have come. A partial
+ * message is waited for while it grows. */
+CRPCI_COLD void crpci_intake_part(const crpc_server *s, crpci_conn *c, int64_t now)
+{
+    uint64_t partial = (c->rx ? c->rx_len : 0) + c->skip;
+    int64_t rtt, rto, wait = (int64_t)s->options.quiet_ms * 1000, since;
+    bool answered = !c->busy || c->answered;
+    if ((c->parting == CRPCI_CONN_SHUT && now - c->quiet_us >= CRPCI_CONN_LINGER) ||
+        (c->eof && answered && crpci_conn_settled(c))) {
+        crpci_conn_close(c, CRPC_ECLOSE, 0);
+        return;
+    }
+    if (c->parting == CRPCI_CONN_SHUT)
+        return;
+    if (c->parting == CRPCI_CONN_STAYS &&
+        (c->is_crpc || (!c->protocol && !partial && !c->refused)))
+        crpci_intake_say_farewell(s, c);
+    if (c->parting == CRPCI_CONN_STAYS || !answered || partial != c->quiet_rx ||
+        !crpci_conn_settled(c)) {
+        c->parting = CRPCI_CONN_LEAVES;
+        c->quiet_us = now;
+        c->quiet_rx = partial;
+        return;
+    }
+    crpci_sock_times(c->fd, &rtt, &rto);
+    rtt = c->is_crpc ? 2 * rto : 3 * rtt; /* crpc peers end it themselves */
+    wait = wait < rtt ? rtt : wait;
+    if (partial && wait < CRPCI_INTAKE_STALLED)
+        wait = CRPCI_INTAKE_STALLED;
+    since = c->quiet_us < c->active_us ? c->active_us : c->quiet_us;
+    if (now - since < wait)
+        return;
+    c->quiet_us = now;
+    crpci_conn_shut(c);
+}
+
+/* Ends an old connection: by a farewell, if the peer is crpc; else, or if such a peer does not heed
+ * it, by closing it when it is idle. Returns when to call this again; `now`: it is to be closed
+ * now. */
+CRPCI_COLD int64_t crpci_intake_old_end(const crpc_server *s, crpci_conn *conn, int64_t now)
 {
     if (now < conn->old_us)
         return conn->old_us;
+    if (conn->is_crpc && now - conn->old_us < CRPCI_INTAKE_OLD_LONGEST_US) {
+        crpci_intake_part(s, conn, now);
+        return now + CRPCI_INTAKE_OLD_US;
+    }
     return conn->busy || !crpci_conn_idle(conn) ? now + CRPCI_INTAKE_OLD_US : now;
 }
 
@@ -24474,13 +24723,15 @@ CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
         next = (conn->paused ? now : conn->rx_since) + (int64_t)conn->frame_timeout_ms * 1000;
     next = crpci_base_min64(next, crpci_conn_stall_end(conn, now));
     if (conn->old_us)
-        next = crpci_base_min64(next, crpci_intake_old_end(conn, now));
+        next = crpci_base_min64(next, crpci_intake_old_end(s, conn, now));
     if (idle && !conn->busy && !conn->tx_head && !conn->rx && !conn->skip)
         next = crpci_base_min64(next, conn->active_us + idle);
     else if (idle)
         next = crpci_base_min64(next, now + idle);
     if (first && !conn->expected)
         next = crpci_base_min64(next, conn->opened_us + first);
+    if (conn->closed)
+        return;
     if (next <= now)
         crpci_intake_expire(conn);
     else if (next != INT64_MAX)
@@ -24531,44 +24782,36 @@ CRPCI_COLD bool crpci_intake_evict(crpc_server *s, crpc_loop *l, const void *acc
     return true;
 }
 
-/* A partial message that has not grown for so many microseconds does not hold up a stop. */
-#define CRPCI_INTAKE_STALLED 1000000
-
-/* Brings a connection of a stopping server nearer to its end. It is shut when it has been quiet for
- * so long that a request under way would have come. A partial message is waited for while it
- * grows. */
-CRPCI_COLD void crpci_intake_part(const crpc_server *s, crpci_conn *c, int64_t now)
+/* Answers the requests in service on a loop, because drain_ms has passed. A peer may send those
+ * elsewhere that no handler has seen. Locked. Returns false: crpci_lifecycle_any shall go on. */
+CRPCI_COLD bool crpci_intake_cancel_all(crpc_server *s, crpc_loop *l)
 {
-    uint64_t partial = (c->rx ? c->rx_len : 0) + c->skip;
-    int64_t rtt, rto, wait = (int64_t)s->options.quiet_ms * 1000, since;
-    if (c->parting == CRPCI_CONN_SHUT) {
-        if (now - c->quiet_us >= CRPCI_CONN_LINGER)
-            crpci_conn_close(c, CRPC_ECLOSE, 0);
-        return;
+    crpci_list *i, *next, *k;
+    crpci_message m;
+    for (i = l->conns.next; i != &l->conns; i = next) {
+        crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
+        next = i->next;
+        if (c->up != &crpci_intake_events || c->owner != s || !c->busy)
+            continue;
+        crpci_conn_hold(c);
+        crpci_guard_find_unbegun(s, c);
+        memset(&m, 0, sizeof m);
+        for (k = c->requests.next; k != &c->requests && !c->closed; k = k->next) {
+            const crpc_context *x = CRPCI_CONTAINER(k, crpc_context, link);
+            m.id = x->id;
+            m.turn = x->turn;
+            crpci_context_refuse(c, &m, x->unbegun ? CRPC_ELOGOFF : CRPC_ECANCELED,
+                                 CRPCI_INTAKE_STOPPING);
+        }
+        c->answered = true;
+        crpci_conn_gone(c);
+        crpci_conn_drop(c);
     }
-    if (c->parting == CRPCI_CONN_STAYS && c->is_crpc)
-        crpci_intake_say_farewell(c);
-    if (c->parting == CRPCI_CONN_STAYS || c->busy || partial != c->quiet_rx ||
-        !crpci_conn_settled(c)) {
-        c->parting = CRPCI_CONN_LEAVES;
-        c->quiet_us = now;
-        c->quiet_rx = partial;
-        return;
-    }
-    crpci_sock_times(c->fd, &rtt, &rto);
-    rtt = c->is_crpc ? 2 * rto : 3 * rtt; /* crpc peers end it themselves */
-    wait = wait < rtt ? rtt : wait;
-    if (partial && wait < CRPCI_INTAKE_STALLED)
-        wait = CRPCI_INTAKE_STALLED;
-    since = c->quiet_us < c->active_us ? c->active_us : c->quiet_us;
-    if (now - since < wait)
-        return;
-    c->quiet_us = now;
-    crpci_conn_shut(c);
+    return false;
 }
 
-/* Does so for the server's connections on a loop. Locked. Returns false: crpci_lifecycle_any shall
- * go on. */
+/* Brings all connections of a stopping server on a loop nearer to their end. Locked. Returns false:
+ * crpci_lifecycle_any shall go on. */
 CRPCI_COLD bool crpci_intake_part_all(crpc_server *s, crpc_loop *l)
 {
     int64_t now = crpci_loop_now(l);
@@ -25151,9 +25394,10 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
 
 /* Stopping goes in steps: the services leave the registry (LAME, lame_ms); listeners close, new
  * requests are refused, and each connection closes when it has been quiet for a while (STOPPING, at
- * most drain_ms); all connections are closed (STOPPED). A timer of the server's loop takes the
- * steps, so crpc_server_stop does not wait. crpc_server_close waits for the
- * last step and then takes the server apart. */
+ * most drain_ms); what is still in service is answered with an error (ENDING, as long again, at
+ * most a second); all connections are closed (STOPPED). A timer of the server's loop takes the
+ * steps, so crpc_server_stop does not wait. crpc_server_close waits for the last step and then
+ * takes the server apart. */
 
 #define CRPCI_LIFECYCLE_TICK 10000 /* microseconds between two checks of a drain */
 /* How long listeners keep new peers out before they close. Short, because a peer whose SYN is
@@ -25177,17 +25421,31 @@ CRPCI_FN bool crpci_lifecycle_any(crpc_server *s, bool (*what)(crpc_server *s, c
     return yes;
 }
 
-/* Ends LAME; then closes the listeners, and each connection when it is done, or all of them when
- * drain.until has passed. Called with the server's loop locked, which it unlocks to visit all
- * loops. The reference keeps the server meanwhile. */
+/* When ENDING ends, if it begins at `now`: as long after that as drain_ms, but long enough to send
+ * what is queued, and at most so long as a connection lingers. */
+CRPCI_FN int64_t crpci_lifecycle_end(const crpc_server *s, int64_t now)
+{
+    int64_t drain = (int64_t)s->options.drain_ms * 1000;
+    return now + (drain < CRPCI_LIFECYCLE_TICK ? CRPCI_LIFECYCLE_TICK
+                                               : crpci_base_min64(drain, CRPCI_CONN_LINGER));
+}
+
+/* Takes a step: from LAME to STOPPING; then closes the listeners, and each connection when it is
+ * done; to ENDING, and then to STOPPED, when drain.until has passed. Called with the server's loop
+ * locked, which it unlocks to visit all loops. The reference keeps the server meanwhile. */
 CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
 {
     crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain.timer);
-    bool late = crpci_loop_now(l) >= s->drain.until, closed;
-    if (crpci_thread_load(&s->state) == CRPCI_SERVER_LAME)
-        crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
-    if (crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPING)
+    bool late = crpci_loop_now(l) >= s->drain.until, closed, cancel, over;
+    uint32_t state = crpci_thread_load(&s->state);
+    if (state == CRPCI_SERVER_STOPPED)
         return;
+    over = late && state == CRPCI_SERVER_ENDING;
+    cancel = late && !over;
+    if (cancel)
+        s->drain.until = crpci_lifecycle_end(s, crpci_loop_now(l));
+    if (state != CRPCI_SERVER_ENDING)
+        crpci_thread_store(&s->state, cancel ? CRPCI_SERVER_ENDING : CRPCI_SERVER_STOPPING);
     crpci_thread_ref(&s->refs);
     if (late)
         crpci_listener_close_all(s);
@@ -25195,10 +25453,14 @@ CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
         crpci_listener_finish(s);
     closed = crpci_list_empty(&s->listener.list);
     crpci_loop_unlock(l);
+    if (cancel)
+        crpci_lifecycle_any(s, crpci_intake_cancel_all);
     if (closed) /* peers that are told before that would dial in vain */
-        crpci_lifecycle_any(s, late ? crpci_intake_close_conns : crpci_intake_part_all);
+        crpci_lifecycle_any(s, over ? crpci_intake_close_conns : crpci_intake_part_all);
     crpci_loop_lock(l);
-    if (!late && (!closed || crpci_thread_load(&s->connections) || crpci_thread_load(&s->active))) {
+    state = crpci_thread_load(&s->state);
+    if (!over && (!closed || crpci_thread_load(&s->connections) ||
+                  (crpci_thread_load(&s->active) && state != CRPCI_SERVER_ENDING))) {
         crpci_loop_timer_set(l, t, closed ? CRPCI_LIFECYCLE_TICK : CRPCI_LIFECYCLE_BARRED);
     } else {
         crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
@@ -25250,7 +25512,7 @@ CRPCI_FN void crpci_lifecycle_await_stop(crpc_server *s)
     crpci_loop_lock(l);
     if (crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED) {
         s->drain.waiter = &w;
-        crpci_drive_wait(l, &w, s->drain.until + 1000000, true);
+        crpci_drive_wait(l, &w, crpci_lifecycle_end(s, s->drain.until) + 1000000, true);
         s->drain.waiter = NULL;
     }
     crpci_drive_unlock(l);
@@ -25507,6 +25769,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     crpc_server_options o;
     crpc_server *s;
     crpc_loop *l;
+    uint64_t random[2];
     int err = CRPC_OK;
     *server = NULL;
     memset(&o, 0, sizeof o);
@@ -25535,6 +25798,9 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     crpci_heap_ref(s->heap);
     crpci_loop_hold(l);
     s->private_loop = !o.loop;
+    crpci_loop_secret(l, random);
+    snprintf(s->incarnation, sizeof s->incarnation, "%016llx", (unsigned long long)random[0]);
+    s->opened_us = crpci_loop_now(l);
     s->refs = 1;
     s->destroy = crpci_lifecycle_free;
     s->guard.ops = CRPC_ENABLE_POLICY ? &crpci_guard_ops : NULL;

@@ -209,6 +209,7 @@ typedef struct net {
     crpc_channel_options channel_options;
     const char *listen; /* NULL: tcp://127.0.0.1:0 */
     const char *query;  /* ?key=value of the channel's URL */
+    const dyn_Echo_handlers *handlers; /* NULL: net_handlers */
     net_time time;
     net_service service;
     crpc_loop *loop; /* the server's */
@@ -254,7 +255,9 @@ CT_FN void net_open_server(net *n, crpc_poller poller, net_mode mode)
         n->server_options.workers = 2;
     if (crpc_server_open(&n->server, &n->server_options, &error))
         fail_msg("%s", error.text);
-    assert_int_equal(crpc_server_add(n->server, &dyn_Echo, &net_handlers, &n->service), CRPC_OK);
+    assert_int_equal(crpc_server_add(n->server, &dyn_Echo,
+                                     n->handlers ? n->handlers : &net_handlers, &n->service),
+                     CRPC_OK);
     if (crpc_server_start(n->server, &error))
         fail_msg("%s", error.text);
     assert_int_equal(crpc_server_address(n->server, 0, n->url, sizeof n->url), CRPC_OK);
@@ -327,7 +330,8 @@ typedef struct net_callers {
     crpc_channel *channel;
     uint32_t ended;    /* atomic: no more calls */
     uint32_t answered; /* atomic */
-    uint32_t lost;     /* atomic: calls whose request was sent, or perhaps, and that have no reply */
+    uint32_t failed;   /* atomic: all others */
+    uint32_t lost;     /* atomic: of these, requests that were sent, or perhaps, and have no reply */
 } net_callers;
 
 CT_FN void *net_call_on(void *arg)
@@ -339,9 +343,12 @@ CT_FN void *net_call_on(void *arg)
         int err = dyn_Echo_Add(c->channel, &in, &out, &call);
         if (!err) {
             __atomic_fetch_add(&c->answered, 1, __ATOMIC_RELAXED);
-        } else if (call.error.sent != CRPC_SENT_NO && !call.error.remote) {
-            __atomic_fetch_add(&c->lost, 1, __ATOMIC_RELAXED);
-            print_message("%s\n", call.error.text);
+        } else {
+            __atomic_fetch_add(&c->failed, 1, __ATOMIC_RELAXED);
+            if (call.error.sent != CRPC_SENT_NO && !call.error.remote) {
+                __atomic_fetch_add(&c->lost, 1, __ATOMIC_RELAXED);
+                print_message("%s\n", call.error.text);
+            }
         }
         crpc_call_reset(&call);
     }
@@ -360,6 +367,23 @@ CT_FN uint32_t net_connections(crpc_server *s)
     crpc_loop_stats stats;
     crpc_server_stats_get(s, &stats);
     return stats.connections;
+}
+
+/* Connections of a loop's channels that have ended, and dials that have failed. */
+CT_FN uint32_t net_lost(crpc_loop *l)
+{
+    uint32_t lost;
+    crpci_loop_lock(l);
+    lost = l->lost;
+    crpci_loop_unlock(l);
+    return lost;
+}
+
+CT_FN uint64_t net_received(crpc_server *s)
+{
+    crpc_loop_stats stats;
+    crpc_server_stats_get(s, &stats);
+    return stats.receives;
 }
 
 /* Calls Add with a deadline that passes; doubles it until the request was sent before, however slow
@@ -698,13 +722,22 @@ CT_FN int wire_receive(int fd, wire_message *m)
     return 1;
 }
 
-/* Whether a frame's meta has a user field of that name, with the value 1. */
-CT_FN bool wire_has_mark(const wire_message *m, const char *key)
+/* Copies the value of a user field in a frame's meta; false: there is none of that name. */
+CT_FN bool wire_field(const wire_message *m, const char *key, char *value, size_t size)
 {
     char entry[64];
-    int n = snprintf(entry, sizeof entry, "\x4a%c\n%c%s\x12\x01" "1", (int)strlen(key) + 5,
-                     (int)strlen(key), key);
-    return memmem(m->all, (size_t)(m->body - m->all), entry, (size_t)n) != NULL;
+    int n = snprintf(entry, sizeof entry, "\n%c%s\x12", (int)strlen(key), key);
+    const char *at = (const char *)memmem(m->all, (size_t)(m->body - m->all), entry, (size_t)n);
+    if (at)
+        snprintf(value, size, "%.*s", at[n], at + n + 1);
+    return at != NULL;
+}
+
+/* Whether it has a user field of that name, with the value 1. */
+CT_FN bool wire_has_mark(const wire_message *m, const char *key)
+{
+    char value[64];
+    return wire_field(m, key, value, sizeof value) && strcmp(value, "1") == 0;
 }
 
 CT_FN void wire_done(wire_message *m)

@@ -267,6 +267,45 @@ static void failback_gives_up_after_its_retries(void **state)
     fleet_close(&f);
 }
 
+/* A script: takes three requests, one a connection, and hangs up; counts those that say that they are
+ * repeated, for one server only. Answers the fourth. */
+static bool peer_counts_repeats(peer *p, int fd, int number)
+{
+    wire w = {NULL, 0, 0};
+    wire_message m;
+    char text[64];
+    if (peer_receive(p, fd, &m) != 1)
+        return true;
+    if (wire_field(&m, "crpc-repeat", text, sizeof text))
+        __atomic_fetch_add((int *)p->user, 1, __ATOMIC_SEQ_CST);
+    wire_reply(&w, m.id, m.n + 1);
+    wire_done(&m);
+    if (number < 3)
+        wire_free(&w);
+    else
+        wire_flush(fd, &w);
+    return true;
+}
+
+/* The background tries of a request with an id are for any server, although it was sent before. */
+static void failback_binds_a_request_to_no_server(void **state)
+{
+    peer counts;
+    crpc_channel *ch;
+    int repeats = 0;
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    (void)state;
+    peer_open(&counts, peer_counts_repeats, &repeats);
+    ch = net_channel(counts.url, "?cluster=failback&failback_ms=1&retries=3&request_ids=1",
+                     CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(crpc_loop_start(crpc_channel_loop(ch)), CRPC_OK);
+    assert_int_equal(dyn_Echo_Add(ch, &in, &out, NULL), CRPC_OK); /* an empty response */
+    assert_true(CT_WAIT(peer_requests(&counts) == 4, NET_PATIENCE));
+    assert_int_equal(repeats, 0);
+    crpc_channel_close(ch);
+    peer_close(&counts);
+}
+
 /* At most failback_max requests wait; when the channel closes, those are dropped and reported. */
 static void failback_is_bounded(void **state)
 {
@@ -679,6 +718,7 @@ int main(void)
         CT_TEST(failsafe_swallows_failures),
         CT_TEST(failback_goes_on_in_the_background),
         CT_TEST(failback_gives_up_after_its_retries),
+        CT_TEST(failback_binds_a_request_to_no_server),
         CT_TEST(failback_is_bounded),
         CT_TEST(a_backup_request_is_sent_for_idempotent_calls),
         CT_TEST(no_backup_request_is_sent_for_calls_that_are_not_idempotent),

@@ -867,6 +867,7 @@ static void the_first_frame_that_leaves_has_the_mark(void **state)
     assert_non_null(c);
     c->protocol = &crpci_baidu;
     c->mark = "crpc-peer";
+    c->mark_value = "1";
     for (i = 0; i < 3; i++) {
         crpci_chunk *chunk = crpci_heap_chunk(l->heap, 512);
         crpci_out *o = (crpci_out *)(void *)crpci_heap_data(chunk);

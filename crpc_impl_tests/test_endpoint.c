@@ -368,6 +368,229 @@ static void a_farewell_loses_no_call(void **state)
     }
 }
 
+/* A script: its first connection says farewell at once, with the value at *user, and counts an
+ * orderly end in user[1]; the others answer. */
+static bool peer_greets_with_farewell(peer *p, int fd, int number)
+{
+    char *user = (char *)p->user;
+    wire w = {NULL, 0, 0};
+    wire_message m;
+    if (number)
+        return peer_adds(p, fd, number);
+    wire_farewell(&w);
+    w.p[w.n - 1] = (unsigned char)user[0];
+    wire_flush(fd, &w);
+    if (wire_receive(fd, &m) == 0)
+        __atomic_store_n(&user[1], 1, __ATOMIC_SEQ_CST);
+    return true;
+}
+
+/* A connection over which nothing was sent gets a farewell: the endpoint ends it in order, without
+ * an error. If the server stops (1), the endpoint is left alone for a second; if only the
+ * connection ends (2), the next call dials at once. */
+static void a_fresh_connection_leaves_on_a_farewell(void **state)
+{
+    static const char values[] = "12";
+    crpc_poller p;
+    int i;
+    (void)state;
+    NET_EACH_POLLER(p) for (i = 0; i < 2; i++)
+    {
+        peer leaves;
+        crpc_channel *ch;
+        crpc_loop *l = net_loop(p);
+        crpci_endpoint *e;
+        char user[2] = {values[i], 0};
+        peer_open(&leaves, peer_greets_with_farewell, user);
+        assert_int_equal(crpc_loop_start(l), CRPC_OK);
+        ch = net_channel(leaves.url, "?timeout_ms=20000&retries=0", p, l, NULL);
+        crpci_loop_lock(l);
+        e = CRPCI_CONTAINER(l->endpoints.next, crpci_endpoint, link);
+        crpci_endpoint_dial(e);
+        crpci_loop_unlock(l);
+        assert_true(CT_WAIT(__atomic_load_n(&user[1], __ATOMIC_SEQ_CST), NET_PATIENCE));
+        assert_true(CT_WAIT(leaving(ch) == 0, NET_PATIENCE));
+        crpci_loop_lock(l);
+        assert_null(e->conn);
+        assert_int_equal(e->usable_at != 0, i == 0);
+        e->usable_at = 0;
+        crpci_loop_unlock(l);
+        net_check_add(ch, 5);
+        assert_int_equal(peer_accepted(&leaves), 2);
+        crpc_channel_close(ch);
+        crpc_loop_close(l);
+        peer_close(&leaves);
+    }
+}
+
+/* Appends what looks like a farewell: a reply with the id -1, of another code or without the mark. */
+static void put_false_farewell(wire *w, int i)
+{
+    if (i % 2)
+        wire_error(w, -1, CRPC_ELOGOFF, "bye", 0);
+    else
+        wire_reply(w, -1, 4711);
+}
+
+/* A script: its first connection answers the first request behind false farewells, the second one
+ * behind a flood of true and false ones, all in pieces of a few bytes; then it expects the end of
+ * the client's output. The other connections answer. */
+static bool peer_floods_with_farewells(peer *p, int fd, int number)
+{
+    wire_message m;
+    wire w = {NULL, 0, 0};
+    size_t at, piece;
+    int round, i;
+    if (number)
+        return peer_adds(p, fd, number);
+    for (round = 0; round < 2; round++) {
+        if (peer_receive(p, fd, &m) != 1)
+            return true;
+        for (i = 0; i < 100; i++) {
+            put_false_farewell(&w, i);
+            if (round)
+                wire_farewell(&w);
+            if (round && i % 3)
+                w.p[w.n - 1] = (unsigned char)('0' + i % 10);
+        }
+        wire_reply(&w, m.id, m.n + 1);
+        wire_done(&m);
+        for (at = 0; at < w.n; at += piece) {
+            piece = w.n - at < 7 ? w.n - at : 7;
+            if (!wire_send(fd, w.p + at, piece))
+                break;
+        }
+        wire_free(&w);
+    }
+    __atomic_store_n((int *)p->user, wire_receive(fd, &m) == 0, __ATOMIC_SEQ_CST);
+    return true;
+}
+
+static void only_a_farewell_ends_a_connection_and_only_once(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer floods;
+        crpc_channel *ch;
+        crpc_loop *l = net_loop(p);
+        int orderly = 0;
+        peer_open(&floods, peer_floods_with_farewells, &orderly);
+        assert_int_equal(crpc_loop_start(l), CRPC_OK);
+        ch = net_channel(floods.url, "?timeout_ms=20000&retries=0", p, l, NULL);
+        net_check_add(ch, 1);
+        net_check_add(ch, 2);
+        assert_true(CT_WAIT(__atomic_load_n(&orderly, __ATOMIC_SEQ_CST), NET_PATIENCE));
+        assert_true(CT_WAIT(leaving(ch) == 0, NET_PATIENCE));
+        assert_int_equal(peer_accepted(&floods), 1);
+        net_check_add(ch, 3);
+        assert_int_equal(peer_accepted(&floods), 2);
+        crpc_channel_close(ch);
+        crpc_loop_close(l);
+        peer_close(&floods);
+    }
+}
+
+/* A script: each connection says at once that it ends, takes one request and hangs up. */
+static bool peer_always_leaves(peer *p, int fd, int number)
+{
+    wire w = {NULL, 0, 0};
+    (void)number;
+    wire_farewell(&w);
+    w.p[w.n - 1] = '2';
+    wire_flush(fd, &w);
+    return peer_hangs_up(p, fd, number);
+}
+
+/* A server that takes leave of each connection is dialled no more often than calls try it. */
+static void a_server_that_always_leaves_is_not_dialled_on_and_on(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer leaves;
+        crpc_channel *ch;
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        crpc_id ids[20];
+        int i;
+        memset(&leaves, 0, sizeof leaves);
+        leaves.sequential = true;
+        peer_open_on(&leaves, 0, peer_always_leaves, NULL);
+        ch = net_channel(leaves.url, "?timeout_ms=2000&retries=0&inflight=1", p, NULL, NULL);
+        for (i = 0; i < 20; i++)
+            assert_int_equal(dyn_Echo_Add_begin(ch, &in, &ids[i], NULL), CRPC_OK);
+        for (i = 0; i < 20; i++) {
+            assert_int_equal(crpc_channel_wait(ch, ids[i], NET_PATIENCE), CRPC_OK);
+            assert_int_not_equal(dyn_Echo_Add_fetch(ch, ids[i], &out, NULL), CRPC_OK);
+        }
+        assert_in_range(peer_accepted(&leaves), 1, 21);
+        crpc_channel_close(ch);
+        peer_close(&leaves);
+    }
+}
+
+/* A script: its first connection says farewell when the first bytes of a large request have come,
+ * then takes the rest and answers. */
+static bool peer_leaves_in_the_middle(peer *p, int fd, int number)
+{
+    wire w = {NULL, 0, 0};
+    wire_message m;
+    struct pollfd wait = {0, POLLIN, 0};
+    if (number)
+        return peer_adds(p, fd, number);
+    wait.fd = fd;
+    poll(&wait, 1, NET_PATIENCE);
+    wire_farewell(&w);
+    wire_flush(fd, &w);
+    CT_WAIT(peer_requests(p) == 1 || peer_stops(p), NET_PATIENCE); /* on another connection */
+    if (peer_receive(p, fd, &m) != 1)
+        return true;
+    *(size_t *)p->user = m.body_size;
+    wire_error(&w, m.id, 5007, "read it", 1);
+    wire_done(&m);
+    wire_flush(fd, &w);
+    wire_receive(fd, &m);
+    return true;
+}
+
+/* What was sent in part goes on over the connection that leaves; what was not goes over another. */
+static void a_request_sent_in_part_is_finished_after_a_farewell(void **state)
+{
+    enum { SIZE = 8 << 20 };
+    peer leaves;
+    crpc_channel *ch;
+    crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
+    char *bytes = net_bytes(SIZE);
+    dyn_Blob in = dyn_Blob_init_zero, out = dyn_Blob_init_zero;
+    dyn_Num small = net_num(5), sum = dyn_Num_init_zero;
+    size_t received = 0;
+    crpc_call call = CRPC_INIT;
+    crpc_id large, other;
+    (void)state;
+    peer_open(&leaves, peer_leaves_in_the_middle, &received);
+    assert_int_equal(crpc_loop_start(l), CRPC_OK);
+    ch = net_channel(leaves.url, "?timeout_ms=20000&retries=0", CRPC_POLLER_DEFAULT, l, NULL);
+    in.data = crpc_view_of(bytes, SIZE);
+    assert_int_equal(dyn_Echo_Pass_begin(ch, &in, &large, NULL), CRPC_OK);
+    assert_int_equal(dyn_Echo_Add_begin(ch, &small, &other, NULL), CRPC_OK);
+    assert_int_equal(crpc_channel_wait(ch, other, NET_PATIENCE), CRPC_OK);
+    assert_int_equal(dyn_Echo_Add_fetch(ch, other, &sum, NULL), CRPC_OK);
+    assert_int_equal(sum.n, 6);
+    assert_int_equal(crpc_channel_wait(ch, large, NET_PATIENCE), CRPC_OK);
+    assert_int_equal(dyn_Echo_Pass_fetch(ch, large, &out, &call), CRPC_EAPP);
+    assert_int_equal(call.error.app_code, 5007);
+    crpc_call_reset(&call);
+    assert_in_range(received, SIZE, SIZE + 100);
+    assert_true(CT_WAIT(leaving(ch) == 0, NET_PATIENCE));
+    assert_int_equal(peer_accepted(&leaves), 2);
+    crpc_channel_close(ch);
+    crpc_loop_close(l);
+    peer_close(&leaves);
+    free(bytes);
+}
+
 /* The channel is closed while a connection whose server said farewell awaits its last reply. */
 static void closing_a_channel_closes_connections_that_leave(void **state)
 {
@@ -961,6 +1184,10 @@ int main(void)
         CT_TEST(it_is_shared_by_channels_that_ask_for_the_same),
         CT_TEST(an_idle_connection_is_read_before_it_is_used),
         CT_TEST(a_farewell_loses_no_call),
+        CT_TEST(a_fresh_connection_leaves_on_a_farewell),
+        CT_TEST(only_a_farewell_ends_a_connection_and_only_once),
+        CT_TEST(a_server_that_always_leaves_is_not_dialled_on_and_on),
+        CT_TEST(a_request_sent_in_part_is_finished_after_a_farewell),
         CT_TEST(closing_a_channel_closes_connections_that_leave),
         CT_TEST(it_backs_off_with_full_jitter),
         CT_TEST(a_removed_provider_answers_early),

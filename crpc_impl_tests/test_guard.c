@@ -3,6 +3,7 @@
 #include "../crpc.h"
 #include "crpc_test.h"
 #include "crpc_net.h"
+#include <sys/mman.h>
 
 #define GARBAGE "\xff\xff\xff", 3 /* the decoder answers EREQUEST: the limits let it in */
 
@@ -743,6 +744,180 @@ static void a_reply_too_large_to_keep(void **state)
     free(bytes);
 }
 
+/* --- repetitions that another run of the server would execute again --------------------------- */
+
+/* Shared by the processes of a test. */
+typedef struct restarts {
+    uint32_t executed; /* atomic: times that the handler of the fatal request was called */
+} restarts;
+
+#define FATAL 666
+
+static int crashes_in_the_first_run(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    restarts *r = (restarts *)crpc_context_user(x);
+    if (in->n == FATAL && __atomic_fetch_add(&r->executed, 1, __ATOMIC_ACQ_REL) == 0)
+        _exit(0); /* executed, and no reply */
+    out->n = in->n + 1;
+    return CRPC_OK;
+}
+
+/* One run of the server, in a process of its own, on a listener that outlives it. The second run
+ * begins when the first has crashed. */
+static pid_t run_server(restarts *r, int listener, bool first)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_server_options o = CRPC_INIT;
+    crpc_server *s;
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child)
+        return child;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    while (!first && !__atomic_load_n(&r->executed, __ATOMIC_ACQUIRE))
+        ct_sleep_ms(1);
+    handlers.Add = crashes_in_the_first_run;
+    o.replay_entries = 100;
+    if (crpc_server_open(&s, &o, NULL) || crpc_server_add(s, &dyn_Echo, &handlers, r) ||
+        crpc_server_listen_fd(s, listener) || crpc_server_run(s))
+        _exit(1);
+    _exit(0);
+}
+
+/* A server executes a request and crashes before it has replied; its successor gets the repetition.
+ * It does not execute it, whether or not the channel had met the first run before. */
+static void a_restart_executes_no_request_twice(void **state)
+{
+    int met;
+    (void)state;
+    for (met = 0; met < 2; met++) {
+        restarts *r = (restarts *)mmap(NULL, sizeof *r, PROT_READ | PROT_WRITE,
+                                       MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        dyn_Num in = net_num(FATAL), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        crpc_channel *ch;
+        crpci_addr a;
+        char url[64];
+        pid_t runs[2];
+        int listener;
+        assert_true(crpci_sock_parse(&a, "127.0.0.1:0"));
+        listener = crpci_sock_listen(&a);
+        assert_true(listener >= 0);
+        crpci_sock_local(listener, &a);
+        snprintf(url, sizeof url, "tcp://127.0.0.1:%d", ntohs(a.u.in4.sin_port));
+        runs[0] = run_server(r, listener, true);
+        runs[1] = run_server(r, listener, false);
+        ch = net_channel(url, "?request_ids=1&timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+        if (met)
+            net_check_add(ch, 1);
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_EREPEAT);
+        assert_int_equal(call.error.sent, CRPC_SENT_YES);
+        assert_true(call.error.remote);
+        assert_int_equal(__atomic_load_n(&r->executed, __ATOMIC_ACQUIRE), 1);
+        crpc_call_reset(&call);
+        net_check_add(ch, 2); /* the second run serves what it knows to be new */
+        crpc_channel_close(ch);
+        peer_kill(runs[0]);
+        peer_kill(runs[1]);
+        close(listener);
+        munmap(r, sizeof *r);
+    }
+}
+
+/* Executes the request of `FATAL` and loses the connection before the reply. */
+static int loses_its_connection(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    net_begin(x, in->n);
+    out->n = in->n + 1;
+    if (in->n == FATAL) {
+        crpci_loop_lock(x->loop);
+        crpci_conn_close(x->conn, CRPC_ECONN, 0);
+        crpci_loop_unlock(x->loop);
+    }
+    return CRPC_OK;
+}
+
+/* The server is the same, so the repetition gets the reply that was lost, whether or not the
+ * channel knew the incarnation when it sent the request. */
+static void a_repetition_gets_the_reply_that_was_lost(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    net_mode m;
+    int met;
+    (void)state;
+    handlers.Add = loses_its_connection;
+    NET_EACH_MODE(m) for (met = 0; met < 2; met++)
+    {
+        net n;
+        memset(&n, 0, sizeof n);
+        n.handlers = &handlers;
+        n.server_options.replay_entries = 10;
+        n.query = "?request_ids=1";
+        net_open(&n, CRPC_POLLER_DEFAULT, m);
+        if (met)
+            net_check_add(n.channel, 1);
+        net_check_add(n.channel, FATAL);
+        assert_int_equal(net_calls(&n.service), 1 + met);
+        net_close(&n);
+    }
+}
+
+static int64_t repeat(int fd, const char *rid, const char *incarnation, const char *age)
+{
+    const char *fields[] = {"crpc-rid", NULL, "crpc-repeat", NULL, NULL};
+    char value[200];
+    snprintf(value, sizeof value, "%s%s", incarnation, age);
+    fields[1] = rid;
+    fields[3] = value;
+    send_request(fd, "Add", 7, "\x08\x01", 2, fields);
+    return reply_code(fd, 7, NULL);
+}
+
+/* A repetition that has no entry is executed only by a server that would have one. */
+static void repetitions_are_for_servers_that_remember(void **state)
+{
+    static const char *const bad[] = {"", " ", "x", " -5", "  ", " 99999999999999999999999",
+                                      "0123456789abcdef 5", "0123456789abcdef0123456789abcdef 5"};
+    net n;
+    size_t i;
+    int fd;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    n.time = NET_TIME_STANDS;
+    n.server_options.replay_entries = 100;
+    n.server_options.replay_ms = 5000;
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    fd = wire_connect(n.url);
+    net_time_add(2000);
+    for (i = 0; i < sizeof bad / sizeof *bad; i++)
+        assert_int_equal(repeat(fd, "a", "", bad[i]), CRPC_EREPEAT);
+    assert_int_equal(repeat(fd, "a", "", " 1001"), CRPC_EREPEAT); /* too young */
+    assert_int_equal(repeat(fd, "a", n.server->incarnation, " 5000"), CRPC_EREPEAT);
+    assert_int_equal(net_calls(&n.service), 0);
+    assert_int_equal(repeat(fd, "a", n.server->incarnation, " 4999"), CRPC_OK);
+    assert_int_equal(repeat(fd, "b", "", " 1000"), CRPC_OK);
+    assert_int_equal(net_calls(&n.service), 2);
+    assert_int_equal(repeat(fd, "b", "x", " 86400000"), CRPC_OK); /* it has an entry */
+    assert_int_equal(net_calls(&n.service), 2);
+    close(fd);
+    net_close(&n);
+}
+
+static void a_server_that_keeps_no_replies_takes_no_repetitions(void **state)
+{
+    net n;
+    int fd;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    fd = wire_connect(n.url);
+    assert_int_equal(ask_again(fd, "Add", "a", NULL), CRPC_OK);
+    assert_int_equal(repeat(fd, "b", n.server->incarnation, " 1"), CRPC_EREPEAT);
+    assert_int_equal(net_calls(&n.service), 1);
+    close(fd);
+    net_close(&n);
+}
+
 static void send_keyed(int fd, int n, const char *key)
 {
     const char *fields[] = {"crpc-key", NULL, NULL};
@@ -1019,6 +1194,10 @@ int main(void)
         CT_TEST(a_request_that_waits_keeps_its_id),
         CT_TEST(a_host_cannot_take_all_replay_entries),
         CT_TEST(a_reply_too_large_to_keep),
+        CT_TEST(a_restart_executes_no_request_twice),
+        CT_TEST(a_repetition_gets_the_reply_that_was_lost),
+        CT_TEST(repetitions_are_for_servers_that_remember),
+        CT_TEST(a_server_that_keeps_no_replies_takes_no_repetitions),
         CT_TEST(requests_of_a_key_wait_for_each_other),
         CT_TEST(requests_of_a_connection_may_wait_too),
         CT_TEST(closing_with_requests_that_wait),

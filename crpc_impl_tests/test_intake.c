@@ -669,11 +669,115 @@ static void an_old_connection_is_closed_when_it_is_idle(void **state)
     }
 }
 
+/* An old connection of a crpc peer ends by a farewell that does not speak of a stop: what is in
+ * service, and what comes before the peer has seen it, is answered. The server shuts it when it has
+ * been quiet for long, if the peer does not. */
+static void an_old_connection_of_a_crpc_peer_ends_by_farewell(void **state)
+{
+    static const char *const fields[] = {"crpc-peer", "1", NULL};
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_server_options o;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        pump u;
+        char text[64];
+        int fd, round;
+        memset(&o, 0, sizeof o);
+        o.max_connection_age_ms = 10000;
+        o.loops.hooks.clock_us = net_clock_us;
+        net_time_begin(NET_TIME_STANDS);
+        pump_open(&u, p, WAY_TCP, &o);
+        fd = pump_connect(&u, WAY_TCP);
+        wire_request_fields(&w, "Defer", 1, "\x08\x01", 2, 0, fields);
+        pump_send(&u, fd, w.p, w.n);
+        wire_free(&w);
+        PUMP_UNTIL(&u, net_held(&u.service) == 1);
+        net_time_add(11000);
+        settle(&u);
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.id, -1);
+        assert_int_equal(got.code, CRPC_ELOGOFF);
+        assert_true(wire_field(&got, "crpc-farewell", text, sizeof text));
+        assert_string_equal(text, "2");
+        wire_done(&got);
+        wire_request(&w, "Add", 2, 2, 0);
+        pump_send(&u, fd, w.p, w.n);
+        wire_free(&w);
+        settle(&u);
+        expect_reply(fd, 2, 3);
+        net_time_add(60000);
+        settle(&u);
+        assert_int_equal(pump_stats(&u).connections, 1);
+        assert_int_equal(crpc_context_finish(net_take(&u.service), CRPC_OK), CRPC_OK);
+        settle(&u);
+        expect_reply(fd, 1, 2);
+        for (round = 0; round < 10; round++) { /* once more to see it at work, then quiet */
+            net_time_add(1000);
+            settle(&u);
+        }
+        expect_end(&u, fd);
+        assert_int_equal(pump_stats(&u).connections, 0);
+        net_time_run();
+        close(fd);
+        pump_close(&u);
+    }
+}
+
+/* Whether all that was sent over the first connection has been acknowledged. */
+static bool first_is_idle(pump *u)
+{
+    bool idle;
+    crpci_loop_lock(u->loop);
+    idle = crpci_conn_idle(CRPCI_CONTAINER(u->loop->conns.next, crpci_conn, link));
+    crpci_loop_unlock(u->loop);
+    return idle;
+}
+
+/* A peer that says it is crpc, and goes on using an old connection after the farewell. */
+static void an_old_connection_is_not_kept_by_using_it(void **state)
+{
+    static const char *const fields[] = {"crpc-peer", "1", NULL};
+    crpc_server_options o;
+    wire w = {NULL, 0, 0};
+    pump u;
+    int fd, i;
+    (void)state;
+    memset(&o, 0, sizeof o);
+    o.max_connection_age_ms = 10000;
+    o.quiet_ms = 5000;
+    o.loops.hooks.clock_us = net_clock_us;
+    net_time_begin(NET_TIME_STANDS);
+    pump_open(&u, CRPC_POLLER_DEFAULT, WAY_TCP, &o);
+    fd = pump_connect(&u, WAY_TCP);
+    wire_request_fields(&w, "Add", 0, "\x08\x01", 2, 0, fields);
+    pump_send(&u, fd, w.p, w.n);
+    wire_free(&w);
+    net_time_add(11000);
+    settle(&u);
+    for (i = 1; i < 20 && pump_stats(&u).connections; i++) {
+        wire_request(&w, "Add", i, i, 0);
+        pump_send(&u, fd, w.p, w.n);
+        wire_free(&w);
+        PUMP_UNTIL(&u, first_is_idle(&u));
+        net_time_add(1000);
+        settle(&u);
+    }
+    assert_in_range(i, 8, 12); /* ten seconds after the farewell, but for jitter */
+    net_time_run();
+    close(fd);
+    pump_close(&u);
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(an_old_connection_is_closed_when_it_is_idle),
         CT_TEST(a_large_reply_counts_as_several_requests),
+        CT_TEST(an_old_connection_of_a_crpc_peer_ends_by_farewell),
+        CT_TEST(an_old_connection_is_not_kept_by_using_it),
         CT_TEST(names_and_codes_are_brpcs),
         CT_TEST(missing_handlers_are_missing_methods),
         CT_TEST(unsupported_requests_are_refused_with_the_reason),

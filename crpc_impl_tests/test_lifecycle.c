@@ -170,6 +170,7 @@ static void stopping_serves_then_refuses_then_closes(void **state)
         wire_message got;
         pthread_t closer;
         crpc_context *x;
+        uint32_t end;
         int fd, fresh, tries;
         memset(&n, 0, sizeof n);
         n.time = NET_TIME_RUNS;
@@ -182,6 +183,7 @@ static void stopping_serves_then_refuses_then_closes(void **state)
         assert_true(wire_flush(fd, &w));
         assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
         x = net_take(&n.service);
+        end = net_time_added_ms + 1000000 + 86400000;
         crpc_server_stop(n.server);
         time_passes(n.loop, 900);
         crpc_server_stop(n.server); /* does not start lame_ms again */
@@ -199,7 +201,12 @@ static void stopping_serves_then_refuses_then_closes(void **state)
         assert_int_equal(net_ask(fd, "Echo", "Add", 5, NULL, NULL), CRPC_ELOGOFF);
         assert_int_equal(pthread_create(&closer, NULL, close_net, &n), 0);
         assert_int_equal(net_ask(fd, "Echo", "Add", 6, NULL, NULL), CRPC_ELOGOFF); /* it waits */
-        net_time_add(86400000);
+        net_time_add(end - net_time_added_ms);
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.id, 1);
+        assert_int_equal(got.code, CRPC_ECANCELED);
+        wire_done(&got);
+        net_time_add(1000);
         assert_int_equal(wire_receive(fd, &got), 0);
         pthread_join(closer, NULL);
         assert_int_equal(n.service.calls, 3);
@@ -319,6 +326,7 @@ static void crpc_peers_are_served_to_the_end_of_their_output(void **state)
         net n;
         wire w = {NULL, 0, 0};
         wire_message got;
+        char text[64];
         int fd;
         memset(&n, 0, sizeof n);
         n.server_options.quiet_ms = NET_PATIENCE;
@@ -329,10 +337,11 @@ static void crpc_peers_are_served_to_the_end_of_their_output(void **state)
         wire_request(&w, "Add", 2, 1, 0);
         assert_true(wire_flush(fd, &w));
         assert_int_equal(wire_receive(fd, &got), 1);
-        assert_true(wire_has_mark(&got, "crpc-server"));
+        assert_true(wire_field(&got, "crpc-server", text, sizeof text));
+        assert_string_equal(text, n.server->incarnation);
         wire_done(&got);
         assert_int_equal(wire_receive(fd, &got), 1);
-        assert_false(wire_has_mark(&got, "crpc-server"));
+        assert_false(wire_field(&got, "crpc-server", text, sizeof text));
         wire_done(&got);
         crpc_server_stop(n.server);
         assert_int_equal(wire_receive(fd, &got), 1);
@@ -353,7 +362,134 @@ static void crpc_peers_are_served_to_the_end_of_their_output(void **state)
     }
 }
 
-#define STOPS 8
+/* A connection that has not sent a byte may be a crpc peer's, and one that has begun to send is of
+ * an unknown peer: the first gets the farewell, the second only its end. What the first asks for
+ * after that is served if it is crpc. */
+static void silent_connections_get_the_farewell(void **state)
+{
+    static const char *const fields[] = {"crpc-peer", "1", NULL};
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        int silent, begun;
+        memset(&n, 0, sizeof n);
+        n.server_options.quiet_ms = 300;
+        n.server_options.drain_ms = NET_PATIENCE;
+        net_open(&n, p, m);
+        silent = wire_connect(n.url);
+        begun = wire_connect(n.url);
+        assert_true(wire_send(begun, "P", 1));
+        assert_true(CT_WAIT(crpci_thread_load(&n.server->connections) == 2, NET_PATIENCE));
+        assert_true(CT_WAIT(net_received(n.server) >= 1, NET_PATIENCE));
+        crpc_server_stop(n.server);
+        assert_int_equal(wire_receive(silent, &got), 1);
+        assert_int_equal(got.id, -1);
+        assert_int_equal(got.code, CRPC_ELOGOFF);
+        assert_true(wire_has_mark(&got, "crpc-farewell"));
+        wire_done(&got);
+        wire_request_fields(&w, "Add", 1, "\x08\x01", 2, 0, fields);
+        assert_true(wire_flush(silent, &w));
+        do {
+            assert_int_equal(wire_receive(silent, &got), 1);
+            assert_int_equal(got.code, got.id == 1 ? CRPC_OK : CRPC_ELOGOFF);
+            wire_done(&got);
+        } while (got.id != 1);
+        shutdown(silent, SHUT_WR);
+        assert_int_equal(wire_receive(silent, &got), 0);
+        assert_int_equal(wire_receive(begun, &got), 0);
+        close(silent);
+        close(begun);
+        net_close(&n);
+    }
+}
+
+/* A crpc peer has sent half of a request when the farewell comes, and sends the rest behind it. */
+static void half_a_request_is_served_after_the_farewell(void **state)
+{
+    static const char *const fields[] = {"crpc-peer", "1", NULL};
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        uint64_t received;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = NET_PATIENCE;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request_fields(&w, "Add", 1, "\x08\x01", 2, 0, fields);
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(wire_receive(fd, &got), 1);
+        wire_done(&got);
+        received = net_received(n.server);
+        wire_request(&w, "Add", 2, 2, 0);
+        assert_true(wire_send(fd, w.p, w.n / 2));
+        assert_true(CT_WAIT(net_received(n.server) > received, NET_PATIENCE));
+        crpc_server_stop(n.server);
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.id, -1);
+        wire_done(&got);
+        assert_true(wire_send(fd, w.p + w.n / 2, w.n - w.n / 2));
+        wire_free(&w);
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.id, 2);
+        assert_int_equal(got.code, CRPC_OK);
+        wire_done(&got);
+        shutdown(fd, SHUT_WR);
+        assert_int_equal(wire_receive(fd, &got), 0);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+/* A peer sends a server farewells, and requests that have their id and their field: it gets a reply
+ * to each, and neither its own connection nor another one ends. */
+static void a_peer_cannot_take_leave_of_a_server(void **state)
+{
+    static const char *const fields[] = {"crpc-farewell", "1", "crpc-server", "x",
+                                         "crpc-repeat",   "?", "crpc-peer",   "1", NULL};
+    net_mode m;
+    (void)state;
+    NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        n.server_options.replay_entries = 10;
+        net_open(&n, CRPC_POLLER_DEFAULT, m);
+        fd = wire_connect(n.url);
+        for (i = 0; i < 100; i++) {
+            wire_farewell(&w);
+            wire_request_fields(&w, "Add", -1, "\x08\x01", 2, 0, fields);
+        }
+        assert_true(wire_flush(fd, &w));
+        for (i = 0; i < 200; i++) {
+            assert_int_equal(wire_receive(fd, &got), 1);
+            assert_int_equal(got.id, -1);
+            assert_false(wire_has_mark(&got, "crpc-farewell"));
+            assert_true(got.code == CRPC_OK || got.code == CRPC_ENOSERVICE);
+            wire_done(&got);
+        }
+        assert_int_equal(net_calls(&n.service), 100);
+        net_check_add(n.channel, 1);
+        assert_int_equal(net_ask(fd, "Echo", "Add", 3, NULL, NULL), CRPC_OK);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+#define STOPS 4 /* system/sys_farewell.c has more */
 
 /* Two providers stop in turn and come back, without a registry, while several threads call. The
  * methods are not idempotent, so a request that was sent must have its reply. */
@@ -403,6 +539,40 @@ static void graceful_stops_lose_no_call(void **state)
         }
         assert_true(c.answered > STOPS * 100);
         assert_int_equal(c.lost, 0);
+    }
+}
+
+/* The connections of a server that runs on end all the time, by their age: no call fails, although
+ * no other provider is there. */
+static void ageing_connections_lose_no_call(void **state)
+{
+    net_mode m;
+    (void)state;
+    NET_EACH_MODE(m)
+    {
+        net n;
+        net_callers c;
+        pthread_t threads[4];
+        crpc_loop *l;
+        size_t i;
+        memset(&n, 0, sizeof n);
+        memset(&c, 0, sizeof c);
+        n.server_options.max_connection_age_ms = 10;
+        n.channel_options.policy.retries = -1;
+        net_open(&n, CRPC_POLLER_DEFAULT, m);
+        c.channel = n.channel;
+        l = crpc_channel_loop(c.channel);
+        for (i = 0; i < 4; i++)
+            assert_int_equal(pthread_create(&threads[i], NULL, net_call_on, &c), 0);
+        for (i = 0; i < 10; i++) {
+            uint32_t lost = net_lost(l);
+            assert_true(CT_WAIT(net_lost(l) != lost, NET_PATIENCE));
+        }
+        __atomic_store_n(&c.ended, 1, __ATOMIC_RELEASE);
+        for (i = 0; i < 4; i++)
+            pthread_join(threads[i], NULL);
+        assert_int_equal(c.failed, 0);
+        net_close(&n);
     }
 }
 
@@ -505,12 +675,118 @@ static void draining_is_bounded(void **state)
         x = net_take(&n.service);
         start = ct_now_ms();
         crpc_server_stop(n.server);
-        assert_int_equal(wire_receive(fd, &got), 0);
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.code, CRPC_ECANCELED);
         assert_true(ct_now_ms() - start >= 79);
+        wire_done(&got);
+        assert_int_equal(wire_receive(fd, &got), 0);
         close(fd);
         net_close(&n);
         assert_true(ct_now_ms() - start < 15000);
         assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+    }
+}
+
+/* A handler that holds its thread until the gate is opened. */
+static struct {
+    pthread_mutex_t lock;
+    pthread_cond_t opened;
+    bool open;
+} gate = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false};
+
+static void gate_set(bool open)
+{
+    pthread_mutex_lock(&gate.lock);
+    gate.open = open;
+    pthread_cond_broadcast(&gate.opened);
+    pthread_mutex_unlock(&gate.lock);
+}
+
+static int waits_at_the_gate(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    (void)out;
+    net_begin(x, in->n);
+    pthread_mutex_lock(&gate.lock);
+    while (!gate.open)
+        pthread_cond_wait(&gate.opened, &gate.lock);
+    pthread_mutex_unlock(&gate.lock);
+    return CRPC_OK;
+}
+
+/* Opens a server in which Get waits at the gate. `n` has its options. */
+static void open_gated(net *n, crpc_poller p, net_mode m)
+{
+    static dyn_Echo_handlers handlers;
+    handlers = net_handlers;
+    handlers.Get = waits_at_the_gate;
+    gate_set(false);
+    n->handlers = &handlers;
+    net_open(n, p, m);
+}
+
+/* Reads replies until the end of the stream: codes[id] is what came, 0 if nothing; no id comes
+ * twice. Farewells are left out. */
+static void read_to_the_end(int fd, int64_t *codes, size_t count)
+{
+    wire_message got;
+    int result;
+    memset(codes, 0, count * sizeof *codes);
+    while ((result = wire_receive(fd, &got)) == 1) {
+        if (got.id != -1) {
+            assert_in_range(got.id, 0, count - 1);
+            assert_int_equal(codes[got.id], 0);
+            codes[got.id] = got.code;
+        }
+        wire_done(&got);
+    }
+    assert_int_equal(result, 0);
+}
+
+/* At drain_ms each request gets a reply before the connections close: CRPC_ELOGOFF, if its handler
+ * was not called and will not be; else CRPC_ECANCELED. 1 is deferred with a key, 2 waits behind it
+ * for its turn, 3 and 4 hold the threads, 5 waits for one of them. */
+static void requests_are_answered_when_draining_ends(void **state)
+{
+    static const char *const fields[] = {"crpc-peer", "1", "crpc-key", "a", NULL};
+    crpc_poller p;
+    net_mode m;
+    int foreign;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m) for (foreign = 0; foreign < 2 && m >= NET_IO; foreign++)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        crpc_context *x;
+        int64_t codes[6];
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = 100;
+        open_gated(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request_fields(&w, "Defer", 1, "\x08\x01", 2, 0, fields + 2 * foreign);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        x = net_take(&n.service);
+        wire_request_fields(&w, "Add", 2, "\x08\x02", 2, 0, fields + 2);
+        wire_request(&w, "Get", 3, 3, 0);
+        wire_request(&w, "Get", 4, 4, 0);
+        wire_request(&w, "Add", 5, 5, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_calls(&n.service) == (m == NET_WORKERS ? 3 : 2), NET_PATIENCE));
+        assert_true(CT_WAIT(crpci_thread_load(&n.server->serving) == 5, NET_PATIENCE));
+        crpc_server_stop(n.server);
+        read_to_the_end(fd, codes, 6);
+        assert_int_equal(codes[1], CRPC_ECANCELED);
+        assert_int_equal(codes[2], CRPC_ELOGOFF);
+        assert_int_equal(codes[3], CRPC_ECANCELED);
+        assert_int_equal(codes[4], m == NET_WORKERS ? CRPC_ECANCELED : CRPC_ELOGOFF);
+        assert_int_equal(codes[5], CRPC_ELOGOFF);
+        assert_true(crpc_context_cancelled(x));
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+        gate_set(true);
+        close(fd);
+        net_close(&n);
+        assert_int_equal(n.service.calls, m == NET_WORKERS ? 3 : 2);
     }
 }
 
@@ -791,9 +1067,12 @@ static void *connect_in_a_storm(void *arg)
     const char *url = (const char *)arg;
     int i;
     for (i = 0; i < 400; i++) {
+        /* a stopping server may not answer the SYN, which the kernel repeats after a second */
+        struct timeval most = {0, 50000};
         struct sockaddr_in a;
         wire w = {NULL, 0, 0};
         int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &most, sizeof most);
         memset(&a, 0, sizeof a);
         a.sin_family = AF_INET;
         a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
@@ -961,10 +1240,15 @@ int main(void)
         CT_TEST(who_has_connected_before_a_stop_is_answered),
         CT_TEST(partial_requests_do_not_hold_up_a_stop),
         CT_TEST(crpc_peers_are_served_to_the_end_of_their_output),
+        CT_TEST(silent_connections_get_the_farewell),
+        CT_TEST(half_a_request_is_served_after_the_farewell),
+        CT_TEST(a_peer_cannot_take_leave_of_a_server),
         CT_TEST(graceful_stops_lose_no_call),
+        CT_TEST(ageing_connections_lose_no_call),
         CT_TEST(run_serves_on_when_its_loop_was_stopped),
         CT_TEST(closing_waits_for_the_end_of_serving),
         CT_TEST(draining_is_bounded),
+        CT_TEST(requests_are_answered_when_draining_ends),
         CT_TEST(closing_ends_while_the_clock_stands_still),
         CT_TEST(closing_with_handlers_that_block),
         CT_TEST(run_returns_when_stopped),

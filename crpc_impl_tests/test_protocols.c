@@ -745,6 +745,71 @@ static void draining_answers_in_order_and_closes(void **state)
     }
 }
 
+static void requests_left_at_drain_ms_are_answered_in_order(void **state)
+{
+    net_mode mode;
+    (void)state;
+    NET_EACH_MODE(mode)
+    {
+        crpc_context *x[2];
+        wire w = {NULL, 0, 0};
+        line_message m;
+        net n;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = 50;
+        net_open_server(&n, CRPC_POLLER_DEFAULT, mode);
+        fd = wire_connect(n.url);
+        line_num(&w, "Defer", 1, 0);
+        line_num(&w, "Add", 2, 0);
+        line_num(&w, "Defer", 3, 0);
+        assert_true(wire_flush(fd, &w));
+        x[0] = take(&n);
+        x[1] = take(&n);
+        assert_true(CT_WAIT(crpci_thread_load(&n.server->serving) == 2, NET_PATIENCE));
+        crpc_server_stop(n.server);
+        expect_error(fd, CRPC_ECANCELED, "t:the server is stopping\n");
+        expect_num(fd, 3);
+        expect_error(fd, CRPC_ECANCELED, "t:the server is stopping\n");
+        assert_int_equal(line_receive(fd, &m), 0);
+        assert_int_equal(crpc_context_finish(x[1], CRPC_OK), CRPC_EGONE);
+        assert_int_equal(crpc_context_finish(x[0], CRPC_OK), CRPC_EGONE);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+/* What has not sent a byte gets the farewell in baidu_std; it may speak another protocol yet. */
+static void a_farewell_fixes_no_protocol(void **state)
+{
+    net_mode mode;
+    (void)state;
+    NET_EACH_MODE(mode)
+    {
+        wire w = {NULL, 0, 0};
+        wire_message farewell;
+        line_message m;
+        net n;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.quiet_ms = 300;
+        n.server_options.drain_ms = NET_PATIENCE;
+        net_open_server(&n, CRPC_POLLER_DEFAULT, mode);
+        fd = wire_connect(n.url);
+        assert_true(CT_WAIT(crpci_thread_load(&n.server->connections) == 1, NET_PATIENCE));
+        crpc_server_stop(n.server);
+        assert_int_equal(wire_receive(fd, &farewell), 1);
+        assert_true(wire_has_mark(&farewell, "crpc-farewell"));
+        wire_done(&farewell);
+        line_num(&w, "Add", 3, 0);
+        assert_true(wire_flush(fd, &w));
+        expect_error(fd, CRPC_ELOGOFF, "t:the server is stopping\n");
+        assert_int_equal(line_receive(fd, &m), 0);
+        close(fd);
+        net_close(&n);
+    }
+}
+
 /* --- the client ------------------------------------------------------------------------------- */
 
 typedef struct async {
@@ -896,6 +961,49 @@ static void a_reply_without_a_request_closes(void **state)
     peer_close(&p);
 }
 
+/* A script: its first connection says farewell at once, in baidu_std; the next answers one request
+ * with 5. */
+static bool peer_leaves_in_baidu(peer *p, int fd, int number)
+{
+    wire w = {NULL, 0, 0};
+    char buffer[2000];
+    (void)p;
+    if (number == 0)
+        wire_farewell(&w);
+    else if (recv(fd, buffer, sizeof buffer, 0) > 0)
+        line_put(&w, "=0\n", "\x08\x05", 2, 1);
+    wire_flush(fd, &w);
+    wire_read(fd, buffer, 1); /* until it is closed */
+    return true;
+}
+
+/* A fresh connection of a channel with another protocol gets the farewell of a server that does not
+ * know its protocol yet: the connection closes, and the next call goes over another one. */
+static void a_farewell_in_another_protocol_costs_no_call(void **state)
+{
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
+    crpci_endpoint *e;
+    crpc_channel *ch;
+    peer p;
+    (void)state;
+    peer_open(&p, peer_leaves_in_baidu, NULL);
+    assert_int_equal(crpc_loop_start(l), CRPC_OK);
+    ch = net_channel(p.url, "?protocol=line&timeout_ms=20000&retries=0", CRPC_POLLER_DEFAULT, l,
+                     NULL);
+    crpci_loop_lock(l);
+    e = CRPCI_CONTAINER(l->endpoints.next, crpci_endpoint, link);
+    crpci_endpoint_dial(e);
+    crpci_loop_unlock(l);
+    assert_true(CT_WAIT(net_lost(l) == 1, NET_PATIENCE));
+    assert_int_equal(dyn_Echo_Add(ch, &in, &out, NULL), CRPC_OK);
+    assert_int_equal(out.n, 5);
+    assert_int_equal(peer_accepted(&p), 2);
+    crpc_channel_close(ch);
+    crpc_loop_close(l);
+    peer_close(&p);
+}
+
 static void channels_of_two_protocols_share_no_connection(void **state)
 {
     crpc_channel *other;
@@ -987,11 +1095,14 @@ int main(void)
         CT_TEST(deferred_replies_keep_the_order),
         CT_TEST(waiting_replies_go_with_their_connection),
         CT_TEST(draining_answers_in_order_and_closes),
+        CT_TEST(requests_left_at_drain_ms_are_answered_in_order),
+        CT_TEST(a_farewell_fixes_no_protocol),
         CT_TEST(half_closed_connections_get_all_in_order),
         CT_TEST(many_calls_share_a_connection),
         CT_TEST(late_replies_and_one_way_calls_keep_their_place),
         CT_TEST(withdrawn_requests_take_no_place),
         CT_TEST(a_reply_without_a_request_closes),
+        CT_TEST(a_farewell_in_another_protocol_costs_no_call),
         CT_TEST(channels_of_two_protocols_share_no_connection),
         CT_TEST(kept_replies_are_for_their_protocol),
     };

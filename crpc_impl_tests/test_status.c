@@ -46,6 +46,7 @@ static const struct known {
     {CRPC_ECODEC, 3115, "ECODEC"},
     {CRPC_EAPP, 3116, "EAPP"},
     {CRPC_EABI, 3117, "EABI"},
+    {CRPC_EREPEAT, 3118, "EREPEAT"},
     {CRPC_EEXISTS, 3130, "EEXISTS"},
     {CRPC_EVERSION, 3131, "EVERSION"},
     {CRPC_ENOTEMPTY, 3132, "ENOTEMPTY"},
