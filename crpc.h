@@ -24688,7 +24688,10 @@ CRPCI_COLD void crpci_intake_part(const crpc_server *s, crpci_conn *c, int64_t n
     if (now - since < wait)
         return;
     c->quiet_us = now;
-    crpci_conn_shut(c);
+    if (partial)
+        crpci_conn_close(c, CRPC_ECLOSE, 0); /* a peer that has stalled gets no second to linger */
+    else
+        crpci_conn_shut(c);
 }
 
 /* Ends an old connection: by a farewell, if the peer is crpc; else, or if such a peer does not heed
