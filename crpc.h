@@ -616,8 +616,8 @@
  * stay in service, attachments of replies that are not finished, crpc_context_alloc. Only
  * max_concurrency bounds how many there are. Processor time has no share either, besides that of
  * workers. A function in access.authenticate that takes long holds up all connections of its loop.
- * A host that fails to authenticate too often (max_failures) shuts itself out, and with it the peers
- * that share its address, for as long as it goes on.
+ * A host that fails to authenticate too often (max_failures) shuts itself out, and with it the
+ * peers that share its address, for as long as it goes on.
  *
  * A server with access.authenticate serves only peers that it has accepted. The credential belongs
  * to the connection, as in brpc: whoever can write to the connection acts under its identity. A
@@ -1134,8 +1134,14 @@ typedef struct crpc_loop_stats {
     uint64_t auth_failed;  /* messages refused with CRPC_EAUTH by access.authenticate */
     uint64_t auth_barred;  /* messages refused so without asking it: access.max_failures */
     uint64_t lost_lines;   /* log lines dropped because stderr was full */
-    uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms,
-                              write_timeout_ms, first_request_ms and max_connection_age_ms */
+    /* Connections closed, by their cause; also bad_frames, refused and evicted. */
+    uint64_t closed_idle;    /* a server's, after idle_timeout_ms */
+    uint64_t closed_silent;  /* a server's: no request came within first_request_ms */
+    uint64_t closed_partial; /* a server's: a request did not come whole within frame_timeout_ms */
+    uint64_t closed_stalled; /* a server's: the peer took no reply for write_timeout_ms */
+    uint64_t closed_old;     /* a server's, after max_connection_age_ms */
+    uint64_t closed_broken;  /* an error of the system, such as a reset by the peer */
+    uint64_t closed_memory;  /* out of memory, or over max_bytes */
     uint64_t replayed;     /* by crpc_server_stats_get: requests answered with a kept reply */
     uint32_t connections;  /* open now, those of clients and of servers */
     uint32_t pending;      /* calls that have not ended, or were not fetched yet */
@@ -9002,6 +9008,8 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     c->why = why;
     c->why_errno = why_errno;
     l->stats.connections--;
+    l->stats.closed_broken += why_errno != 0;
+    l->stats.closed_memory += why == CRPC_ENOMEM;
     crpci_watch_set(l, &c->watch, c->fd, 0);
     crpci_timer_cancel(&c->timer);
     crpci_list_remove(&c->flush.link);
@@ -24564,6 +24572,21 @@ CRPCI_COLD void crpci_intake_greet(crpci_conn *conn, const crpci_message *m)
         crpci_intake_say_farewell((const crpc_server *)conn->owner, conn);
 }
 
+/* Refuses what comes over a connection too many, or while the server stops. crpc peers are served
+ * until the last part of a stop. False: the request is served. */
+CRPCI_COLD bool crpci_intake_turn_away(const crpc_server *s, crpci_conn *conn,
+                                       const crpci_message *m)
+{
+    if (conn->refused)
+        crpci_context_refuse(conn, m, CRPC_ELIMIT,
+                             "the server has too many connections (max_connections)");
+    else if (!conn->is_crpc || crpci_thread_load(&s->state) >= CRPCI_SERVER_ENDING)
+        crpci_context_refuse(conn, m, CRPC_ELOGOFF, CRPCI_INTAKE_STOPPING);
+    else
+        return false;
+    return true;
+}
+
 /* A request is complete. */
 CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
 {
@@ -24574,19 +24597,11 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
     conn->loop->stats.requests++;
     if (CRPCI_UNLIKELY(!m->usual && m->has_fields && !conn->is_crpc))
         crpci_intake_greet(conn, m);
-    if (CRPCI_UNLIKELY(conn->refused)) {
-        crpci_context_refuse(conn, m, CRPC_ELIMIT,
-                             "the server has too many connections (max_connections)");
-        crpci_context_throttle(conn);
-        return;
-    }
-    if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) &&
-        (!conn->is_crpc || crpci_thread_load(&s->state) >= CRPCI_SERVER_ENDING)) {
-        crpci_context_refuse(conn, m, CRPC_ELOGOFF, CRPCI_INTAKE_STOPPING);
-        crpci_context_throttle(conn);
-        return;
-    }
-    method = crpci_intake_method(s, conn, m);
+    method = CRPCI_UNLIKELY(conn->refused ||
+                            crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) &&
+                     crpci_intake_turn_away(s, conn, m)
+                 ? NULL
+                 : crpci_intake_method(s, conn, m);
     if (method && CRPCI_UNLIKELY(crpci_thread_load(&s->serving) >= s->fair_serving) &&
         !crpci_intake_may_serve(s, conn)) {
         crpci_context_refuse(conn, m, CRPC_ELIMIT,
@@ -24645,12 +24660,6 @@ CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
 }
 
-CRPCI_FN void crpci_intake_expire(crpci_conn *conn)
-{
-    conn->loop->stats.timeouts++;
-    crpci_conn_close(conn, CRPC_ECLOSE, 0);
-}
-
 /* A partial message that has not grown for so many microseconds does not hold up a stop. */
 #define CRPCI_INTAKE_STALLED 1000000
 
@@ -24702,10 +24711,25 @@ CRPCI_COLD int64_t crpci_intake_old_end(const crpc_server *s, crpci_conn *conn, 
     if (now < conn->old_us)
         return conn->old_us;
     if (conn->is_crpc && now - conn->old_us < CRPCI_INTAKE_OLD_LONGEST_US) {
+        conn->loop->stats.closed_old += conn->parting == CRPCI_CONN_STAYS;
         crpci_intake_part(s, conn, now);
         return now + CRPCI_INTAKE_OLD_US;
     }
     return conn->busy || !crpci_conn_idle(conn) ? now + CRPCI_INTAKE_OLD_US : now;
+}
+
+/* When a connection is to be closed, and what counts it then. */
+typedef struct crpci_intake_deadline {
+    int64_t at;
+    uint64_t *counter;
+} crpci_intake_deadline;
+
+CRPCI_FN void crpci_intake_sooner(crpci_intake_deadline *d, int64_t at, uint64_t *counter)
+{
+    if (at < d->at) {
+        d->at = at;
+        d->counter = counter;
+    }
 }
 
 /* Closes a connection that was idle for idle_timeout_ms, that has asked for no method of the server
@@ -24715,30 +24739,40 @@ CRPCI_COLD int64_t crpci_intake_old_end(const crpc_server *s, crpci_conn *conn, 
 CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
-    int64_t now = crpci_loop_now(conn->loop), next = INT64_MAX;
+    crpc_loop_stats *stats = &conn->loop->stats;
+    int64_t now = crpci_loop_now(conn->loop);
     int64_t idle = (int64_t)s->options.idle_timeout_ms * 1000;
     int64_t first = (int64_t)s->options.first_request_ms * 1000;
+    uint64_t counted_before = 0; /* when the connection was told that it is old */
+    crpci_intake_deadline next = {INT64_MAX, NULL};
     if (conn->refused) {
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
         return;
     }
     if ((conn->rx || conn->skip) && conn->frame_timeout_ms)
-        next = (conn->paused ? now : conn->rx_since) + (int64_t)conn->frame_timeout_ms * 1000;
-    next = crpci_base_min64(next, crpci_conn_stall_end(conn, now));
+        crpci_intake_sooner(&next,
+                            (conn->paused ? now : conn->rx_since) +
+                                (int64_t)conn->frame_timeout_ms * 1000,
+                            &stats->closed_partial);
+    crpci_intake_sooner(&next, crpci_conn_stall_end(conn, now), &stats->closed_stalled);
     if (conn->old_us)
-        next = crpci_base_min64(next, crpci_intake_old_end(s, conn, now));
+        crpci_intake_sooner(&next, crpci_intake_old_end(s, conn, now),
+                            conn->parting == CRPCI_CONN_STAYS ? &stats->closed_old
+                                                              : &counted_before);
     if (idle && !conn->busy && !conn->tx_head && !conn->rx && !conn->skip)
-        next = crpci_base_min64(next, conn->active_us + idle);
+        crpci_intake_sooner(&next, conn->active_us + idle, &stats->closed_idle);
     else if (idle)
-        next = crpci_base_min64(next, now + idle);
+        crpci_intake_sooner(&next, now + idle, &stats->closed_idle);
     if (first && !conn->expected)
-        next = crpci_base_min64(next, conn->opened_us + first);
-    if (conn->closed)
+        crpci_intake_sooner(&next, conn->opened_us + first, &stats->closed_silent);
+    if (conn->closed || next.at == INT64_MAX)
         return;
-    if (next <= now)
-        crpci_intake_expire(conn);
-    else if (next != INT64_MAX)
-        crpci_loop_timer_set(conn->loop, &conn->timer, next - now);
+    if (next.at <= now) {
+        ++*next.counter;
+        crpci_conn_close(conn, CRPC_ECLOSE, 0);
+    } else {
+        crpci_loop_timer_set(conn->loop, &conn->timer, next.at - now);
+    }
 }
 
 static const crpci_conn_events crpci_intake_events = {
@@ -25963,7 +25997,7 @@ CRPC_API crpc_loop *crpc_server_loop(crpc_server *s)
 CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
 {
     const size_t first = offsetof(crpc_loop_stats, waits);
-    const size_t last = offsetof(crpc_loop_stats, timeouts);
+    const size_t last = offsetof(crpc_loop_stats, closed_memory);
     size_t i, at;
     crpc_loop_stats_get(s->loop, stats);
     for (i = 0; i < s->io.count; i++) {

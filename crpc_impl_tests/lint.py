@@ -34,10 +34,10 @@ EXTRA_TESTS = {
 }
 MAX_FUNCTION_LINES = 80
 LONG_FUNCTIONS = set()      # those that may be longer
-MAX_LINES = 25500           # of crpc.h
-MAX_CODE_LINES = 18760      # of its implementation, neither blank nor only comment
+MAX_LINES = 26200           # of crpc.h
+MAX_CODE_LINES = 19250      # of its implementation, neither blank nor only comment
 COMMENT_PERCENT = (10, 13)  # of the implementation's lines, those that are comments
-MAX_SECTION_LINES = 900
+MAX_SECTION_LINES = 940
 LONG_SECTIONS = {}          # {tag: why it may be longer}
 MAX_COLUMNS = 100
 TOP_LEVEL = {"crpc.h", "protoc-gen-crpc", "crpc_impl_tests", "examples", "bench", "Makefile",
@@ -763,7 +763,7 @@ BROKEN = [
     ("test-files", "crpc_impl_tests/test_three.c", None, "CT_TEST(x)\n"),
     ("function-length", "crpc.h", "    return 2 * crpc_one_get(x);\n",
      "    x++;\n" * 80 + "    return 2 * crpc_one_get(x);\n"),
-    ("volume", "crpc.h", "#define CRPCI_ONE 1", "#define CRPCI_ONE 1\n" + "\n" * 900),
+    ("volume", "crpc.h", "#define CRPCI_ONE 1", "#define CRPCI_ONE 1\n" + "\n" * MAX_SECTION_LINES),
     ("volume", "crpc.h", "#define CRPCI_ONE 1", "int x;\n" * (MAX_CODE_LINES + 1)),
     ("volume", "crpc.h", "#define CRPC_API extern", "\n" * MAX_LINES),
     ("unfinished", "crpc.h", "/* Gets twice. */", "/* Gets twice. TO" "DO */"),

@@ -407,6 +407,8 @@ static void slow_frames_and_idle_connections_are_closed(void **state)
             assert_true(ct_now_ms() - start >= 29);
             assert_true(ct_now_ms() - start < 15000);
             assert_int_equal(pump_stats(&u).bad_frames, 0);
+            assert_int_equal(pump_stats(&u).closed_partial, cases[i].size > 0);
+            assert_int_equal(pump_stats(&u).closed_idle, cases[i].size == 0);
         } else {
             for (end = ct_now_ms() + 100; ct_now_ms() < end;)
                 pump_step(&u);
@@ -479,7 +481,7 @@ static void a_peer_that_takes_no_byte_is_closed(void **state)
             assert_int_equal(crpc_loop_step(u.loop, 0), CRPC_OK);
         }
         assert_int_equal(pump_stats(&u).connections, i < 2 ? 0 : 1);
-        assert_int_equal(pump_stats(&u).timeouts, i < 2 ? 1 : 0);
+        assert_int_equal(pump_stats(&u).closed_stalled, i < 2 ? 1 : 0);
         net_time_run();
         close(fd);
         pump_close(&u);

@@ -661,6 +661,7 @@ static void an_old_connection_is_closed_when_it_is_idle(void **state)
         net_time_add(200);
         settle(&u);
         expect_end(&u, busy);
+        assert_int_equal(pump_stats(&u).closed_old, IDLE + 1);
         net_time_run();
         close(busy);
         for (i = 0; i < IDLE; i++)
@@ -720,6 +721,7 @@ static void an_old_connection_of_a_crpc_peer_ends_by_farewell(void **state)
         }
         expect_end(&u, fd);
         assert_int_equal(pump_stats(&u).connections, 0);
+        assert_int_equal(pump_stats(&u).closed_old, 1);
         net_time_run();
         close(fd);
         pump_close(&u);

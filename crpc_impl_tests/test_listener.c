@@ -455,7 +455,7 @@ static void a_connection_without_a_request_is_closed(void **state)
         assert_int_equal(net_ask(talker, "Echo", "Add", 1, NULL, NULL), 0);
         silent = wire_connect(n.url);
         assert_true(recv(silent, &c, 1, 0) <= 0);
-        assert_int_equal(stats(&n).timeouts, 1);
+        assert_int_equal(stats(&n).closed_silent, 1);
         assert_int_equal(net_ask(talker, "Echo", "Add", 1, NULL, NULL), 0);
         close(silent);
         close(talker);
