@@ -869,8 +869,8 @@ static int64_t repeat(int fd, const char *rid, const char *incarnation, const ch
     snprintf(value, sizeof value, "%s%s", incarnation, age);
     fields[1] = rid;
     fields[3] = value;
-    send_request(fd, "Add", 7, "\x08\x01", 2, fields);
-    return reply_code(fd, 7, NULL);
+    net_send(fd, "Add", 7, "\x08\x01", 2, fields);
+    return net_reply_code(fd, 7, NULL);
 }
 
 /* A repetition that has no entry is executed only by a server that would have one. */
