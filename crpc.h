@@ -2926,6 +2926,7 @@ CRPCI_COLD int crpci_status_set_name(crpc_error *error, int code)
 #define CRPCI_CHUNK_MIN 256u
 #define CRPCI_CHUNK_CLASSES 14u /* 256 bytes to 2 MiB; larger ones are never kept */
 #define CRPCI_CHUNK_BIG (CRPCI_CHUNK_MIN << (CRPCI_CHUNK_CLASSES - 1))
+#define CRPCI_HEAP_SPARE_PLACES 64u
 #define CRPCI_HEAP_KEEP (256u << 10) /* bytes that are kept whatever the load was */
 #define CRPCI_HEAP_LARGE (64u << 10) /* a received message over this size is large */
 #define CRPCI_CHUNK_PLACE 0x100u     /* in a chunk's size_class: `next` is a crpci_heap_place */
@@ -2953,6 +2954,8 @@ typedef struct crpci_heap {
     size_t kept_bytes;  /* in chunks that wait for reuse; read without the lock, too */
     size_t large_bytes; /* of large messages that were admitted; not all may have come yet */
     struct crpci_heap_place *places; /* list of them */
+    struct crpci_heap_place *spare_places; /* to be used again: calls must not allocate */
+    unsigned spare_count;
     size_t bytes;       /* everything */
     size_t peak;        /* the most that `bytes` ever was */
     uint32_t lost_lines; /* atomic: lines that stderr could not take */
@@ -3331,6 +3334,11 @@ CRPCI_FN void crpci_heap_unlock_unref(crpci_heap *h)
     }
     k = h->hooks;
     crpci_heap_trim(h, 0, false);
+    while (h->spare_places) {
+        crpci_heap_place *p = h->spare_places;
+        h->spare_places = p->next;
+        k.resize(k.user, p, sizeof *p, 0);
+    }
 #if CRPC_DEBUG
     while (h->closed) {
         crpci_handle *handle = (crpci_handle *)h->closed;
@@ -3412,8 +3420,15 @@ CRPCI_COLD crpci_heap_place *crpci_heap_admit(crpci_heap *h, size_t size, const 
 {
     crpci_heap_place *p = NULL;
     crpci_thread_lock(&h->lock);
-    if (crpci_heap_has_place(h, size, owner))
-        p = (crpci_heap_place *)crpci_heap_resize_locked(h, NULL, 0, sizeof *p);
+    if (crpci_heap_has_place(h, size, owner)) {
+        p = h->spare_places;
+        if (p) {
+            h->spare_places = p->next;
+            h->spare_count--;
+        } else {
+            p = (crpci_heap_place *)crpci_heap_resize_locked(h, NULL, 0, sizeof *p);
+        }
+    }
     if (p) {
         p->owner = owner;
         p->size = size;
@@ -3435,7 +3450,13 @@ CRPCI_COLD void crpci_heap_leave(crpci_heap *h, crpci_heap_place *p)
     *p->at = p->next;
     if (p->next)
         p->next->at = p->at;
-    crpci_heap_resize_locked(h, p, sizeof *p, 0);
+    if (h->spare_count == CRPCI_HEAP_SPARE_PLACES) {
+        crpci_heap_resize_locked(h, p, sizeof *p, 0);
+        return;
+    }
+    p->next = h->spare_places;
+    h->spare_places = p;
+    h->spare_count++;
 }
 
 /* Gives a place to a chunk, which gives it back when it is freed. */
