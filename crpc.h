@@ -4537,6 +4537,7 @@ CRPCI_COLD bool crpci_message_self_check(void)
 #define CRPCI_MESSAGE_SERVER_FIELD   "crpc-server"
 #define CRPCI_MESSAGE_FAREWELL_FIELD "crpc-farewell"
 #define CRPCI_MESSAGE_REPEAT_FIELD   "crpc-repeat"
+#define CRPCI_MESSAGE_REPEAT_MAX     40u /* its bytes: 11 of the key; the value's 16, a blank, 10 */
 #define CRPCI_MESSAGE_FAREWELL_STOPS "1"
 #define CRPCI_MESSAGE_FAREWELL_ENDS  "2"
 #define CRPCI_MESSAGE_FAREWELL_ID    (-1)
@@ -4782,10 +4783,11 @@ CRPCI_FN uint8_t *crpci_meta_put_reply(uint8_t *low, uint8_t *payload, size_t pa
     return p;
 }
 
-#define CRPCI_META_MARK 65u /* most bytes of two marks: a key of 11, a value of 30, 7; 10, 1, 6 */
+#define CRPCI_META_MARK   34u /* most bytes of a connection's mark: a key of 11, a value of 16, 7 */
+#define CRPCI_META_REPEAT 47u /* and of the mark of a repeated request, with a value of 29 */
 
 /* Room that header and meta need at most, besides names, texts, credential and fields: the header,
- * nine varint fields of 11 bytes, keys and lengths, and two marks. */
+ * nine varint fields of 11 bytes, keys and lengths, and the mark of a connection. */
 #define CRPCI_META_BOUND (CRPCI_FRAME_HEADER + 9 * 11 + 6 * 6 + CRPCI_META_MARK)
 
 /* A user_fields entry takes at most this besides key and value: three keys, three lengths. */
@@ -4820,7 +4822,7 @@ CRPCI_FN uint8_t *crpci_meta_mark(uint8_t *frame, const char *key, const char *v
     memcpy(p, "PRPC", 4);
     crpci_base_put32(p + 4, body + n);
     crpci_base_put32(p + 8, meta + n);
-    crpci_meta_check_room(frame - CRPCI_META_MARK, p);
+    crpci_meta_check_room(frame - CRPCI_META_REPEAT, p);
     return p;
 }
 
@@ -8684,11 +8686,11 @@ struct crpci_out {
     struct crpci_conn *conn; /* while queued */
     int64_t id;     /* of a request; its reply will carry the same id */
     uint32_t turn;  /* of a reply, in ordered protocols: the position of its request */
-    bool inflight;  /* a send that runs without the lock uses it */
-    bool committed; /* must be offered to the transport again: CRPCI_TRANSPORT_REPEAT */
-    bool awaited;   /* its id is in the connection's ring of awaited replies */
-    bool marked;    /* has the connection's mark */
+    bool inflight; /* a send that runs without the lock uses it */
     bool queued;
+    bool awaited; /* its id is in the connection's ring of awaited replies */
+    bool committed : 1; /* must be offered to the transport again: CRPCI_TRANSPORT_REPEAT */
+    bool marked : 1;    /* has the connection's mark */
 };
 
 typedef struct crpci_conn crpci_conn;
@@ -8767,6 +8769,7 @@ typedef enum crpci_conn_parting {
 
 #define CRPCI_CONN_LINGER 1000000 /* microseconds that a connection stays SHUT */
 #define CRPCI_CONN_INCARNATION 17 /* bytes of a server's incarnation as text, the zero included */
+#define CRPCI_CONN_INCARNATION_FORMAT "%016llx"
 
 /* What an ordered protocol keeps for a connection. Accepted: each request gets a turn, and `held`
  * keeps the replies whose turn has not come, sorted. Dialled: the ring `awaited` holds the ids of
@@ -8821,8 +8824,7 @@ struct crpci_conn {
     bool unread; /* input is waiting: it could not be read while another thread wrote */
     uint8_t parting;        /* crpci_conn_parting */
     uint8_t verdict;        /* crpci_conn_verdict */
-    char incarnation[CRPCI_CONN_INCARNATION]; /* dialled: the server's, from its first reply; "":
-                                               * not known */
+    uint64_t incarnation; /* dialled: the server's, from its first reply; 0: not known */
     uint8_t protocol_index; /* of `protocol` in `protocols` */
     int64_t quiet_us; /* while it LEAVES: when it was last seen at work. SHUT: since then */
     uint64_t quiet_rx; /* bytes of a partial message at that time */
@@ -17913,6 +17915,15 @@ CRPCI_COLD int crpci_request_refuse(crpc_error *error, const crpc_method *m, int
     return crpci_status_set(error, err, "%s.%s: %s%s (local)", m->service, m->name, what, why);
 }
 
+/* Room for what precedes fields, credential and message. The repetition of a request with an id
+ * takes the same frame, with one more field in front. */
+CRPCI_FN size_t crpci_request_headroom(const crpci_protocol *p, const crpci_method *k, crpc_view id)
+{
+    bool repeats = p->mark && crpc_view_data(id);
+    return p->headroom + crpc_view_size(k->names) +
+           (repeats ? CRPCI_MESSAGE_REPEAT_MAX + p->field_cost : 0);
+}
+
 /* Encodes a request behind `front` bytes, which are the caller's. With `borrow` a large attachment
  * is not copied, and must live until the call has ended. On failure nothing is held, and `error`
  * (may be NULL) says why. */
@@ -17932,7 +17943,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     char id_text[33];
     crpc_view id = crpci_request_id(s, call, id_text);
     size_t secret = crpc_view_size(credential);
-    size_t room = p->headroom + crpc_view_size(k->names);
+    size_t room = crpci_request_headroom(p, k, id);
     size_t attached = crpc_view_size(call->attachment), base = front + sizeof(crpci_out);
     size_t copied = borrow && attached > CRPCI_REQUEST_INLINE ? 0 : attached, fields, payload;
     const char *why = CRPCI_STATUS_TEXT("out of memory");
@@ -18329,7 +18340,7 @@ typedef struct crpci_attempt {
     int64_t deadline_us;
     /* of a REPEATED request: when its call began, and the incarnation that it was first sent to */
     int64_t first_us;
-    char incarnation[CRPCI_CONN_INCARNATION];
+    uint64_t incarnation;
     crpci_reply reply;
 } crpci_attempt;
 
@@ -18484,10 +18495,14 @@ CRPCI_COLD void crpci_endpoint_mark_repeat(const crpci_endpoint *e, const crpci_
 {
     int64_t age = (crpci_loop_now(e->loop) - a->first_us) / 1000 + 1;
     const uint8_t *head = o->head;
-    char value[CRPCI_CONN_INCARNATION + 16];
+    char value[CRPCI_CONN_INCARNATION + 16] = "";
     if (!e->options.protocol->mark)
         return;
-    snprintf(value, sizeof value, "%s %d", a->incarnation, (int)crpci_base_min64(age, INT32_MAX));
+    if (a->incarnation)
+        snprintf(value, sizeof value, CRPCI_CONN_INCARNATION_FORMAT,
+                 (unsigned long long)a->incarnation);
+    snprintf(value + strlen(value), sizeof value - strlen(value), " %d",
+             (int)crpci_base_min64(age, INT32_MAX));
     o->head = e->options.protocol->mark((uint8_t *)(uintptr_t)head, CRPCI_MESSAGE_REPEAT_FIELD,
                                         value);
     o->head_len += (size_t)(head - o->head);
@@ -18610,11 +18625,14 @@ CRPCI_COLD bool crpci_endpoint_is_farewell(const crpci_conn *c, const crpci_mess
 /* Takes the server's incarnation from its first reply on a connection. */
 CRPCI_COLD void crpci_endpoint_meet(crpci_conn *c, const crpci_message *m)
 {
+    char text[CRPCI_CONN_INCARNATION];
     crpc_view value;
-    if (!c->incarnation[0] && m->has_fields &&
-        c->protocol->field(m->fields, CRPCI_MESSAGE_SERVER_FIELD, &value) &&
-        crpc_view_size(value) < sizeof c->incarnation)
-        crpc_view_copy(value, c->incarnation, sizeof c->incarnation);
+    if (c->incarnation || !m->has_fields ||
+        !c->protocol->field(m->fields, CRPCI_MESSAGE_SERVER_FIELD, &value) ||
+        crpc_view_size(value) != sizeof text - 1)
+        return;
+    crpc_view_copy(value, text, sizeof text);
+    c->incarnation = strtoull(text, NULL, 16);
 }
 
 /* The server of a connection is stopping (`stops`), or ends only this connection. It answers what
@@ -19837,7 +19855,7 @@ CRPCI_COLD void crpci_attempt_bind(crpci_pending_call *c, const crpci_conn *conn
         return;
     a->request.identity = CRPCI_REQUEST_REPEATED;
     a->first_us = c->start_us;
-    memcpy(a->incarnation, conn->incarnation, sizeof a->incarnation);
+    a->incarnation = conn->incarnation;
 }
 
 /* The present attempt has failed: makes the next one, or ends the call with `code` and `cause`. */
@@ -25857,7 +25875,8 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     crpci_loop_hold(l);
     s->private_loop = !o.loop;
     crpci_loop_secret(l, random);
-    snprintf(s->incarnation, sizeof s->incarnation, "%016llx", (unsigned long long)random[0]);
+    snprintf(s->incarnation, sizeof s->incarnation, CRPCI_CONN_INCARNATION_FORMAT,
+             (unsigned long long)random[0]);
     s->opened_us = crpci_loop_now(l);
     s->refs = 1;
     s->destroy = crpci_lifecycle_free;
