@@ -24084,27 +24084,6 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
                                "the request was executed before, but its reply was not kept");
 }
 
-/* Notes for each request on a connection whether its handler has not been called. The lock of the
- * connection's loop is held; the other locks let no request begin meanwhile. */
-CRPCI_COLD void crpci_guard_find_unbegun(crpc_server *s, crpci_conn *conn)
-{
-    crpci_list *i;
-    if (CRPC_ENABLE_POLICY)
-        crpci_thread_lock(&s->guard.lock);
-    if (s->worker_count)
-        crpci_thread_lock(&s->workers.lock);
-    for (i = conn->requests.next; i != &conn->requests; i = i->next) {
-        crpc_context *x = CRPCI_CONTAINER(i, crpc_context, link);
-        crpci_guard_wait waits = x->guard ? x->guard->waits : CRPCI_GUARD_NOTHING;
-        x->unbegun = waits == CRPCI_GUARD_TURN ||
-                     (waits == CRPCI_GUARD_NOTHING && !crpci_list_empty(&x->task.link));
-    }
-    if (s->worker_count)
-        crpci_thread_unlock(&s->workers.lock);
-    if (CRPC_ENABLE_POLICY)
-        crpci_thread_unlock(&s->guard.lock);
-}
-
 /* Whether a request for which there is no entry was sent before, to another server or to this one,
  * which may have forgotten it. Without an incarnation its age tells; a second is allowed for the
  * time on the way. No entry goes earlier than replay_ms after the first sending. */
@@ -24538,8 +24517,9 @@ CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_m
     const char *why = NULL;
     crpc_context *x = NULL;
     crpci_guard g;
-    if (CRPCI_UNLIKELY(fields) && !s->guard.replay.buckets &&
-        crpci_guard_forgotten(s, conn->protocol, m->fields)) {
+    crpc_view repeat;
+    if (CRPCI_UNLIKELY(fields) && !s->guard.replay.buckets && /* it keeps no reply to any request */
+        conn->protocol->field(m->fields, CRPCI_MESSAGE_REPEAT_FIELD, &repeat)) {
         crpci_context_refuse(conn, m, CRPC_EREPEAT, CRPCI_GUARD_FORGOTTEN);
         return;
     }
@@ -24858,6 +24838,27 @@ CRPCI_COLD bool crpci_intake_evict(crpc_server *s, crpc_loop *l, const void *acc
     return true;
 }
 
+/* Notes for each request on a connection whether its handler has not been called. The lock of the
+ * connection's loop is held; the other locks let no request begin meanwhile. */
+CRPCI_COLD void crpci_intake_find_unbegun(crpc_server *s, crpci_conn *conn)
+{
+    crpci_list *i;
+    if (CRPC_ENABLE_POLICY)
+        crpci_thread_lock(&s->guard.lock);
+    if (s->worker_count)
+        crpci_thread_lock(&s->workers.lock);
+    for (i = conn->requests.next; i != &conn->requests; i = i->next) {
+        crpc_context *x = CRPCI_CONTAINER(i, crpc_context, link);
+        crpci_guard_wait waits = x->guard ? x->guard->waits : CRPCI_GUARD_NOTHING;
+        x->unbegun = waits == CRPCI_GUARD_TURN ||
+                     (waits == CRPCI_GUARD_NOTHING && !crpci_list_empty(&x->task.link));
+    }
+    if (s->worker_count)
+        crpci_thread_unlock(&s->workers.lock);
+    if (CRPC_ENABLE_POLICY)
+        crpci_thread_unlock(&s->guard.lock);
+}
+
 /* Answers the requests in service on a loop, because drain_ms has passed. A peer may send those
  * elsewhere that no handler has seen. Locked. Returns false: crpci_lifecycle_any shall go on. */
 CRPCI_COLD bool crpci_intake_cancel_all(crpc_server *s, crpc_loop *l)
@@ -24870,7 +24871,7 @@ CRPCI_COLD bool crpci_intake_cancel_all(crpc_server *s, crpc_loop *l)
         if (c->up != &crpci_intake_events || c->owner != s || !c->busy)
             continue;
         crpci_conn_hold(c);
-        crpci_guard_find_unbegun(s, c);
+        crpci_intake_find_unbegun(s, c);
         memset(&m, 0, sizeof m);
         for (k = c->requests.next; k != &c->requests && !c->closed; k = k->next) {
             const crpc_context *x = CRPCI_CONTAINER(k, crpc_context, link);
