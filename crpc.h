@@ -24698,7 +24698,7 @@ CRPCI_COLD void crpci_intake_part(const crpc_server *s, crpci_conn *c, int64_t n
     if (c->parting == CRPCI_CONN_SHUT)
         return;
     if (c->parting == CRPCI_CONN_STAYS &&
-        (c->is_crpc || (!c->protocol && !partial && !c->refused)))
+        (c->is_crpc || (!c->protocol && !partial && !c->refused && !crpci_conn_unread(c))))
         crpci_intake_say_farewell(s, c);
     if (c->parting == CRPCI_CONN_STAYS || !answered || partial != c->quiet_rx ||
         !crpci_conn_settled(c)) {

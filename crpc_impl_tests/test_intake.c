@@ -728,6 +728,34 @@ static void an_old_connection_of_a_crpc_peer_ends_by_farewell(void **state)
     }
 }
 
+/* A peer whose first request waits in the kernel may speak any protocol: srpc would take a farewell
+ * for the reply. */
+static void a_request_that_was_not_read_yet_gets_its_reply_first(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        wire w = {NULL, 0, 0};
+        crpci_conn *c;
+        pump u;
+        int fd;
+        pump_open(&u, p, WAY_TCP, NULL);
+        fd = pump_connect(&u, WAY_TCP);
+        c = CRPCI_CONTAINER(u.loop->conns.next, crpci_conn, link);
+        wire_request(&w, "Add", 1, 1, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(crpci_conn_unread(c), NET_PATIENCE));
+        crpci_loop_lock(u.loop);
+        crpci_intake_part(u.server, c, crpci_loop_now(u.loop));
+        crpci_loop_unlock(u.loop);
+        settle(&u);
+        expect_reply(fd, 1, 2);
+        close(fd);
+        pump_close(&u);
+    }
+}
+
 /* Whether all that was sent over the first connection has been acknowledged. */
 static bool first_is_idle(pump *u)
 {
@@ -780,6 +808,7 @@ int main(void)
         CT_TEST(a_large_reply_counts_as_several_requests),
         CT_TEST(an_old_connection_of_a_crpc_peer_ends_by_farewell),
         CT_TEST(an_old_connection_is_not_kept_by_using_it),
+        CT_TEST(a_request_that_was_not_read_yet_gets_its_reply_first),
         CT_TEST(names_and_codes_are_brpcs),
         CT_TEST(missing_handlers_are_missing_methods),
         CT_TEST(unsupported_requests_are_refused_with_the_reason),
