@@ -22688,9 +22688,10 @@ CRPCI_COLD crpci_conn *crpci_peer_next_conn(const crpc_server *s, crpc_loop *l, 
     return NULL;
 }
 
-/* Of the server's connections on a loop whose peers take no replies, the one that has been so for
- * longest, among those of the account with most bytes of unsent replies by its weight. NULL: there
- * is none. The loop is locked, and the table, because loops share accounts. */
+/* Finds the connection that has to go when unsent replies take too much memory on a loop: the one
+ * whose peer has taken nothing for longest, among those of the account with most bytes of unsent
+ * replies by its weight. NULL: there is none. The loop is locked, and the table, because loops
+ * share accounts. */
 CRPCI_COLD crpci_conn *crpci_peer_find_stalled(const crpc_server *s, crpc_loop *l)
 {
     crpci_conn *c = NULL, *found = NULL;
