@@ -390,7 +390,7 @@ def main():
     options.configs = options.configs or (QUICK_CONFIGS if options.quick else CONFIGS)
     options.windows = options.windows or (1 if options.quick else 7)
     options.seconds = options.seconds or (0.3 if options.quick else 1)
-    options.budget = options.budget or (60 if options.quick else 2600)
+    options.budget = options.budget or (120 if options.quick else 2600)
     return 1 if Bench(options).run() else 0
 
 

@@ -2,7 +2,7 @@
 """The quick form of `make attack`: each attack once, judged by limits that a busy machine does not
 reach. bench/attack/attack.py says what is required. The last line is "N passed, N failed".
 
-crpc-test-timeout: 120
+crpc-test-timeout: 200
 """
 import os
 import sys
