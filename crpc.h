@@ -454,8 +454,9 @@
  * for peers that do not set the mark, the number decides. In a request, "crpc-key" is the key by
  * which an ordered server queues it (crpc_server_options.ordered), and "crpc-rid" is the id by
  * which a server with replay_entries knows it again. Any peer may send both. A channel that sends a
- * request with an id again adds "crpc-repeat": the incarnation of the server that it was sent to,
- * if it is known, a blank, and the milliseconds since its call began.
+ * request with an id again, of a method that is not idempotent, adds "crpc-repeat": the incarnation
+ * of the server that it was sent to, if it is known, a blank, and the milliseconds since its call
+ * began.
  *
  * A channel's first request on a connection has the entry "crpc-peer", and a crpc server's first
  * reply to such a peer "crpc-server": its incarnation, another one after each start. To such peers,
@@ -9732,7 +9733,7 @@ CRPCI_COLD void crpci_receive_refuse(crpci_conn *c)
     used = c->protocol->feed(c, chunk, crpci_heap_data(chunk), c->rx_len);
     c->max_body = most;
     if (!used)
-        crpci_conn_close(c, CRPC_ENOMEM, 0); /* its head alone is almost 64 KiB */
+        crpci_conn_close(c, CRPC_ENOMEM, 0); /* a head of almost 64 KiB, or one to be judged anew */
     else if (c->skip)
         c->skip -= c->rx_len - used;
     crpci_heap_chunk_unref(chunk);
