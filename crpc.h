@@ -169,6 +169,7 @@
  *     >>impl-replay        replies kept for requests that arrive again with the same id
  *     >>impl-peer          the peers of a server: networks, and the accounts of hosts
  *     >>impl-quota         limits of a method: concurrency and rates
+ *     >>impl-fairness      a server's struct; how hosts share its time, and its memory for replies
  *     >>impl-context       one request in service: its handler, its reply, its end
  *     >>impl-auth          who sent a request: a connection's credential and identity
  *     >>impl-guard         requests that are limited, keep an order, or come again
@@ -595,9 +596,10 @@
  * takes one of its connections: one that has asked for nothing yet, else the one that has been idle
  * for longest, never one with a request in service. A gateway that stands for a hundred boards
  * needs a weight. The same shares hold for max_concurrency, worker_queue and replay_entries.
- * Workers take one request of each host in turn; one whose reply is large counts as one for each
- * 64 KiB. One ordering key gets at most half of the places to wait. crpc_server_peers_walk shows
- * what each host holds.
+ * Handlers run for one request of each host in turn, on workers and on I/O threads; one whose reply
+ * is large counts as one for each 64 KiB. An I/O thread reads what has arrived at least every
+ * millisecond, or after a handler that took longer. One ordering key gets at most half of the
+ * places to wait. crpc_server_peers_walk shows what each host holds.
  *
  * The max_bytes of each loop that serves is shared out, too. Half of it is for large requests,
  * those over 64 KiB. When the first 64 KiB of one have come, it takes a place of its announced
@@ -606,19 +608,22 @@
  * of max_bytes. A request that finds no place is not read for up to a second, then it gets
  * CRPC_ELIMIT and is skipped. While one waits, those that come slower than 61 KiB/s, or after 2 s
  * slower than 977 KiB/s, lose their connections. A quarter is for replies that peers have not taken
- * yet. When they take more, the host with the most bytes of them, by its weight, loses the
- * connection that has taken nothing for longest. So a server with large replies for many slow peers
- * needs a larger max_bytes. Log lines name the peers, crpc_loop_stats.evicted counts them.
+ * yet. When those of one host take a quarter of that, or up to four quarters by its weight, no
+ * handler runs for the host until it takes half of them, and its connections that have taken
+ * nothing for a second are closed. When those of all hosts take more than the whole, the host with
+ * the most bytes, by its weight, loses the connection that has taken nothing for longest. A server
+ * with large replies for many slow peers therefore needs a larger max_bytes. Log lines name the
+ * peers, crpc_loop_stats.evicted counts them.
  *
  * Not promised: attackers with as many addresses as max_connections can still shut others out, so
  * admit only known networks (access.allow). Two hosts that send large requests at a fair pace can
  * take all places for these, for frame_timeout_ms at a time; large requests of others then get
  * CRPC_ELIMIT, small ones are served. Memory that handlers hold has no share: smaller requests that
  * stay in service, attachments of replies that are not finished, crpc_context_alloc. Only
- * max_concurrency bounds how many there are. Processor time has no share either, besides that of
- * workers. A function in access.authenticate that takes long holds up all connections of its loop.
- * A host that fails to authenticate too often (max_failures) shuts itself out, and with it the
- * peers that share its address, for as long as it goes on.
+ * max_concurrency bounds how many there are. A host with slow handlers still takes half of a thread
+ * that it shares with one other. A function in access.authenticate that takes long holds up all
+ * connections of its loop. A host that fails to authenticate too often (max_failures) shuts itself
+ * out, and with it the peers that share its address, for as long as it goes on.
  *
  * A server with access.authenticate serves only peers that it has accepted. The credential belongs
  * to the connection, as in brpc: whoever can write to the connection acts under its identity. A
@@ -5211,6 +5216,8 @@ CRPCI_FN void crpci_sock_set(int fd, int level, int option, int value)
  * acknowledgement of the one before. Keepalive: a peer that vanished while nothing was sent is
  * found after 90 s, one that stops acknowledging what was sent after 30 s (TCP_USER_TIMEOUT; Linux
  * 2.6.37). Failures are ignored: the connection works without. */
+#define CRPCI_SOCK_UNSENT (256 << 10)
+
 CRPCI_FN void crpci_sock_tune(int fd)
 {
     crpci_sock_set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
@@ -5222,6 +5229,9 @@ CRPCI_FN void crpci_sock_tune(int fd)
 #endif
 #ifdef TCP_USER_TIMEOUT
     crpci_sock_set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 30000);
+#endif
+#ifdef TCP_NOTSENT_LOWAT
+    crpci_sock_set(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, CRPCI_SOCK_UNSENT);
 #endif
 }
 
@@ -6096,6 +6106,7 @@ CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 
 /* A deadline that is at least this far off, in microseconds, is compared with the coarse clock. */
 #define CRPCI_LOOP_SOON 50000
+#define CRPCI_LOOP_SEND (1 << 20) /* bytes of long queues that are sent in one step */
 #define CRPCI_LOOP_SHARES 256u /* references of the receive buffer that are counted in advance */
 
 /* Work queued in a loop. `run` is called with the loop locked and may unlock and lock again. */
@@ -6216,8 +6227,13 @@ struct crpc_loop {
     crpci_timer age; /* frees what the heap keeps and nobody needs */
     crpci_list admissions;       /* accepted connections with a large message that has to wait */
     crpci_timer admission_timer; /* while there are any */
-    int64_t unsent;      /* bytes of memory that the queues of accepted connections take */
-    int64_t most_unsent; /* beyond which one of them has to go */
+    int64_t unsent;         /* bytes of memory that the queues of accepted connections take */
+    int64_t most_unsent;    /* beyond which one of them has to go */
+    int64_t host_unsent;    /* beyond which a host of weight 1 is held */
+    uint32_t held_hosts;    /* accounts whose requests wait until more of their replies is sent */
+    crpci_timer hold_timer; /* while there are any */
+    uint32_t index;         /* among the I/O loops of its server, else 0 */
+    int64_t send_left;      /* bytes of long queues that may still be sent in this step */
     /* options */
     bool forbid_threads;
     char thread_name[16];
@@ -6941,6 +6957,7 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
     crpci_loop_assert_locked(l);
     l->step_user = user;
     l->skip_sleep = false;
+    l->send_left = CRPCI_LOOP_SEND;
     crpci_loop_run_timers(l);
     crpci_loop_run_list(l, &l->resume);
     if (user)
@@ -6988,6 +7005,7 @@ CRPCI_FN void crpci_drive_leave(crpc_loop *l)
     crpci_loop_assert_locked(l);
     CRPCI_ASSERT(l->mode != CRPCI_LOOP_OWNED, "the driver of an owned loop leaves");
     do {
+        l->send_left = CRPCI_LOOP_SEND;
         crpci_loop_run_list(l, &l->dirty);
     } while (!crpci_list_empty(&l->dirty) && l->mode != CRPCI_LOOP_CLAIMED &&
              crpci_list_empty(&l->followers));
@@ -7270,6 +7288,7 @@ CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_opti
     l->stack_size = o->stack_size;
     l->max_results = o->max_results;
     l->most_unsent = h->limit ? (int64_t)(h->limit / 4) : INT64_MAX;
+    l->host_unsent = l->most_unsent / 4;
     l->last_step = crpci_loop_now(l);
     crpci_timer_open(&l->timers, l->last_step);
     crpci_timer_init(&l->age, crpci_drive_on_age);
@@ -8655,8 +8674,10 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
 #define CRPCI_CONN_SHORT 512 /* frames up to this size are copied together before a send */
 #define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of such copies in one send */
 #define CRPCI_CONN_ROUNDS 16 /* sends in a row before a flush hands over to the loop's driver */
-/* Bytes that the driver sends of one connection in one step, because the kernel may take 4 MiB at
- * once. It sends on when unsent replies take much memory: only then it knows who takes none. */
+/* A queue that is longer than so many bytes is sent in parts: the driver sends one of them in one
+ * step, and of all such connections together CRPCI_LOOP_SEND bytes, because the kernel may take
+ * megabytes at once. It sends on when unsent replies take much memory: only then it knows who takes
+ * none. */
 #define CRPCI_CONN_SEND (256u << 10)
 
 /* Whether there are transports besides plain sockets, and protocols besides baidu_std. While there
@@ -8836,7 +8857,8 @@ struct crpci_conn {
     size_t rx_need;     /* bytes to collect in rx before it grows or is parsed */
     size_t rx_total;    /* bytes that the protocol asked for */
     int64_t rx_since;   /* when the partial message began, for frame_timeout_ms */
-    crpci_list admission; /* in loop->admissions while it waits, paused, with a large message */
+    crpci_list admission; /* while paused: in loop->admissions with a large message that waits, or
+                           * in a list of the server's until requests of its host are served */
     crpci_heap_place *place; /* of the large message in rx, until a chunk for all of it has it */
     int64_t large_us;   /* since when it waits, then when that message was admitted */
     uint32_t max_body;
@@ -8851,8 +8873,8 @@ struct crpci_conn {
     crpci_out **tx_end;
     int64_t tx_bytes;
     int64_t tx_memory; /* bytes of memory in the queue: small frames take more than tx_bytes */
-    int64_t *tx_sum; /* where they are added up: loop->unsent, of accepted connections; or tx_own */
-    int64_t tx_own;
+    int64_t *tx_sum; /* accepted: where those of its host are added up, besides loop->unsent; NULL:
+                      * they are not */
     int64_t opened_us;
     int64_t old_us;     /* from then on it is closed when it is idle. 0: never */
     int64_t arrived_us; /* when input was read last, also that in `left` */
@@ -8899,11 +8921,15 @@ CRPCI_FN void crpci_conn_out_free(crpci_out *o)
         crpci_heap_chunk_unref(o->chunk);
 }
 
-/* Charges a connection, and the sum that it counts for, with memory of its queue. */
+/* Charges a connection, and the sums that it counts for, with memory of its queue. */
 CRPCI_FN void crpci_conn_charge(crpci_conn *c, int64_t more)
 {
     c->tx_memory += more;
+    if (!c->tx_sum)
+        return;
     *c->tx_sum += more;
+    if (CRPC_ENABLE_POLICY) /* else it is the same */
+        c->loop->unsent += more;
 }
 
 /* Lets a frame that can no longer be withdrawn outlive the call that owned it. If it borrows the
@@ -9026,8 +9052,8 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     if (c->closed)
         return;
     c->closed = true;
-    *c->tx_sum -= c->tx_memory;
-    c->tx_sum = &c->tx_own;
+    crpci_conn_charge(c, -c->tx_memory);
+    c->tx_sum = NULL;
     crpci_conn_gone(c);
     c->why = why;
     c->why_errno = why_errno;
@@ -9370,6 +9396,13 @@ CRPCI_COLD void crpci_conn_break(crpci_conn *c, int system_error)
     crpci_conn_read_on(c);
 }
 
+/* Whether long queues have had their part of this step. */
+CRPCI_COLD bool crpci_conn_must_wait(const crpc_loop *l)
+{
+    return l->send_left <= 0 && l->driver == CRPCI_LOOP_WORKING &&
+           l->unsent < l->most_unsent / 2;
+}
+
 /* Sends the queue until it is empty or the transport takes no more. Unlocks the loop while sending;
  * meanwhile other threads may append frames, withdraw frames that are not in flight, or close the
  * connection. */
@@ -9382,6 +9415,10 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         return;
     if (crpci_conn_engaged(c))
         return; /* whoever reads queues the flush again */
+    if (CRPCI_UNLIKELY(c->tx_bytes > CRPCI_CONN_SEND) && crpci_conn_must_wait(l)) {
+        crpci_loop_queue(&l->dirty, &c->flush);
+        return;
+    }
     batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
     crpci_conn_hold(c);
@@ -9401,6 +9438,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         if (CRPCI_UNLIKELY(c->tx_bytes > CRPCI_CONN_SEND) && l->unsent < l->most_unsent / 2 &&
             !c->tx_head->committed) {
             crpci_conn_clip(&batch);
+            l->send_left -= CRPCI_CONN_SEND;
             rounds = l->driver == CRPCI_LOOP_WORKING ? CRPCI_CONN_ROUNDS : rounds;
         }
         count = batch.count;
@@ -10097,7 +10135,6 @@ CRPCI_FN crpci_conn *crpci_connect_new(crpc_loop *l, int fd, bool connecting,
     c->connecting = connecting;
     c->max_body = INT32_MAX;
     c->tx_end = &c->tx_head;
-    c->tx_sum = &c->tx_own;
     crpci_list_init(&c->cancels);
     crpci_list_init(&c->admission);
     crpci_list_init(&c->requests);
@@ -21823,23 +21860,31 @@ CRPCI_COLD int crpci_service_add(crpci_service_map *map, crpci_heap *h, const cr
 /* >>impl-worker   a pool of threads for handlers, with a bounded queue      */
 /* ======================================================================== */
 
-/* Tasks of one host, under the lock of the pool. Workers take one task of each host in turn, so
- * that a host with a thousand of them delays another's only by one. */
+/* Tasks of one host. One task of each host runs in turn, so that a host with a thousand of them
+ * delays another's only by one. */
 typedef struct crpci_worker_flow {
-    crpci_list link;  /* in the pool's flows, while there are tasks */
-    crpci_list tasks; /* crpci_task; `run` is called without a lock, its loop is NULL */
+    crpci_list link;  /* in the queue's flows, while there are tasks */
+    crpci_list tasks; /* crpci_task */
     int64_t queued;
     uint32_t debt; /* turns that it leaves to others, because its tasks were large */
+    uint32_t held; /* not 0: its tasks wait. Counts the loops on which its host is held */
 } crpci_worker_flow;
+
+/* Flows that take turns. The owner's lock protects them. */
+typedef struct crpci_worker_queue {
+    crpci_list flows; /* that have tasks; the first one is next */
+    uint32_t count;   /* of flows */
+    bool ending;      /* tasks of held flows run, too */
+} crpci_worker_queue;
 
 #define CRPCI_WORKER_DEBT 256u /* the most turns that a flow can owe */
 
 /* Started by the server, one pool for all its listeners and I/O threads. */
 typedef struct crpci_worker_pool {
     crpci_mutex lock;
-    crpci_cond work;  /* a task was queued, or the pool is stopping */
-    crpci_list flows; /* that have tasks; the first one is next */
-    int64_t queued;   /* of all flows */
+    crpci_cond work; /* a task was queued or let go, or the pool is stopping */
+    crpci_worker_queue queue; /* `run` is called without a lock, its loop is NULL */
+    int64_t queued;
     int64_t max_queued; /* tasks that wait for a busy worker; 0: no limit */
     int64_t idle;       /* workers that wait for a task */
     bool stopping;
@@ -21852,7 +21897,70 @@ CRPCI_FN void crpci_worker_flow_init(crpci_worker_flow *f)
     crpci_list_init(&f->link);
     crpci_list_init(&f->tasks);
     f->queued = 0;
-    f->debt = 0;
+    f->debt = f->held = 0;
+}
+
+CRPCI_FN void crpci_worker_push(crpci_worker_queue *q, crpci_worker_flow *f, crpci_task *t)
+{
+    crpci_list_append(&f->tasks, &t->link);
+    if (f->queued++)
+        return;
+    crpci_list_append(&q->flows, &f->link);
+    q->count++;
+}
+
+CRPCI_FN crpci_worker_flow *crpci_worker_first(const crpci_worker_queue *q)
+{
+    return CRPCI_CONTAINER(q->flows.next, crpci_worker_flow, link);
+}
+
+/* Puts flows that are held, or have a debt and are not the only one, behind the others. False: all
+ * are held. */
+CRPCI_COLD bool crpci_worker_pass(crpci_worker_queue *q)
+{
+    uint32_t held = 0; /* in a row */
+    while (held < q->count) {
+        crpci_worker_flow *f = crpci_worker_first(q);
+        bool waits = f->held && !q->ending;
+        if (!waits && (!f->debt || q->count == 1))
+            return true;
+        held = waits ? held + 1 : 0;
+        f->debt -= !waits;
+        crpci_list_remove(&f->link);
+        crpci_list_append(&q->flows, &f->link);
+    }
+    return false;
+}
+
+/* Takes the first task of the first flow, which goes to the end. NULL: none may run. */
+CRPCI_FN crpci_task *crpci_worker_take(crpci_worker_queue *q, crpci_worker_flow **flow)
+{
+    crpci_worker_flow *f = crpci_worker_first(q);
+    crpci_task *t;
+    if (!q->count)
+        return NULL;
+    if (CRPCI_UNLIKELY(f->held || f->debt)) {
+        if (!crpci_worker_pass(q))
+            return NULL;
+        f = crpci_worker_first(q);
+    }
+    t = CRPCI_CONTAINER(f->tasks.next, crpci_task, link);
+    crpci_list_remove(&t->link);
+    if (--f->queued == 0 || q->count > 1)
+        crpci_list_remove(&f->link);
+    if (f->queued == 0)
+        q->count--;
+    else if (q->count > 1)
+        crpci_list_append(&q->flows, &f->link);
+    *flow = f;
+    return t;
+}
+
+/* A task of a flow was as much work as `turns` others: the flow leaves so many turns to flows that
+ * have tasks meanwhile. */
+CRPCI_FN void crpci_worker_charge(crpci_worker_flow *f, size_t turns)
+{
+    f->debt = (uint32_t)crpci_base_min(f->debt + turns, CRPCI_WORKER_DEBT);
 }
 
 /* Whether one more task of a flow may wait. An idle worker takes a task at once, so each adds one
@@ -21865,7 +21973,7 @@ CRPCI_FN bool crpci_worker_has_room(const crpci_worker_pool *p, const crpci_work
         return true;
     if (p->queued >= most || !f->queued)
         return p->queued < most;
-    for (i = p->flows.next; i != &p->flows; i = i->next) {
+    for (i = p->queue.flows.next; i != &p->queue.flows; i = i->next) {
         if (CRPCI_CONTAINER(i, crpci_worker_flow, link)->queued > f->queued)
             return true;
     }
@@ -21881,9 +21989,7 @@ CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_worker_flow *f, crpci
     crpci_thread_lock(&p->lock);
     room = !p->stopping && (admitted || crpci_worker_has_room(p, f));
     if (room) {
-        if (!f->queued++)
-            crpci_list_append(&p->flows, &f->link);
-        crpci_list_append(&f->tasks, &t->link);
+        crpci_worker_push(&p->queue, f, t);
         p->queued++;
         crpci_thread_signal(&p->work);
     }
@@ -21891,33 +21997,13 @@ CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_worker_flow *f, crpci
     return room;
 }
 
-/* A task of a flow was as much work as `turns` others: the flow leaves so many turns to flows that
- * have tasks meanwhile. */
-CRPCI_COLD void crpci_worker_charge(crpci_worker_pool *p, crpci_worker_flow *f, size_t turns)
+/* Holds a flow back on one more loop, or lets it go on one. */
+CRPCI_COLD void crpci_worker_hold(crpci_worker_pool *p, crpci_worker_flow *f, bool held)
 {
     crpci_thread_lock(&p->lock);
-    f->debt = (uint32_t)crpci_base_min(f->debt + turns, CRPCI_WORKER_DEBT);
+    f->held += held ? 1u : (uint32_t)-1;
+    crpci_thread_broadcast(&p->work);
     crpci_thread_unlock(&p->lock);
-}
-
-/* Takes the first task of the first flow without a debt; the flow goes to the end. Locked. */
-CRPCI_FN crpci_task *crpci_worker_take(crpci_worker_pool *p)
-{
-    crpci_worker_flow *f = CRPCI_CONTAINER(p->flows.next, crpci_worker_flow, link);
-    crpci_task *t;
-    while (CRPCI_UNLIKELY(f->debt) && f->link.next != &p->flows) {
-        f->debt--;
-        crpci_list_remove(&f->link);
-        crpci_list_append(&p->flows, &f->link);
-        f = CRPCI_CONTAINER(p->flows.next, crpci_worker_flow, link);
-    }
-    t = CRPCI_CONTAINER(f->tasks.next, crpci_task, link);
-    crpci_list_remove(&t->link);
-    crpci_list_remove(&f->link);
-    p->queued--;
-    if (--f->queued)
-        crpci_list_append(&p->flows, &f->link);
-    return t;
 }
 
 #if CRPC_ENABLE_THREADS
@@ -21927,8 +22013,9 @@ CRPCI_FN void *crpci_worker_thread(void *arg)
     crpci_thread_name("crpc-worker");
     crpci_thread_lock(&p->lock);
     for (;;) {
-        crpci_task *t;
-        if (crpci_list_empty(&p->flows)) {
+        crpci_worker_flow *flow;
+        crpci_task *t = crpci_worker_take(&p->queue, &flow);
+        if (!t) {
             if (p->stopping)
                 break;
             p->idle++;
@@ -21936,7 +22023,7 @@ CRPCI_FN void *crpci_worker_thread(void *arg)
             p->idle--;
             continue;
         }
-        t = crpci_worker_take(p);
+        p->queued--;
         crpci_thread_unlock(&p->lock);
         t->run(NULL, t);
         crpci_thread_lock(&p->lock);
@@ -21951,7 +22038,7 @@ CRPCI_FN void *crpci_worker_thread(void *arg)
 CRPCI_COLD void crpci_worker_stop(crpci_worker_pool *p, crpci_heap *h, size_t allocated)
 {
     crpci_thread_lock(&p->lock);
-    p->stopping = true;
+    p->stopping = p->queue.ending = true;
     crpci_thread_broadcast(&p->work);
     crpci_thread_unlock(&p->lock);
 #if CRPC_ENABLE_THREADS
@@ -21975,7 +22062,7 @@ CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t co
 {
     int err = CRPC_EUNSUPPORTED;
     memset(p, 0, sizeof *p);
-    crpci_list_init(&p->flows);
+    crpci_list_init(&p->queue.flows);
     p->max_queued = max_queued;
 #if CRPC_ENABLE_THREADS
     if (crpci_thread_mutex_init(&p->lock))
@@ -22457,10 +22544,18 @@ typedef struct crpci_peer_account {
     crpci_sock_name key;
     uint32_t weight;
     uint32_t held[CRPCI_PEER_RESOURCES];
-    uint64_t unsent; /* scratch of crpci_peer_find_stalled: bytes of replies on one loop */
     crpci_limiter_bucket rates[CRPCI_PEER_RATES];
-    crpci_worker_flow flow;      /* under the lock of the worker pool */
+    crpci_worker_flow flow; /* of the worker pool, under its lock */
 } crpci_peer_account;
+
+/* What an account has on one loop, under the loop's lock. An account's parts follow its struct. */
+typedef struct crpci_peer_part {
+    int64_t unsent;         /* bytes of memory that replies take */
+    crpci_worker_flow flow; /* requests whose handlers run on the loop's thread */
+    crpci_list unread;      /* crpci_conn.admission: not read until fewer requests wait */
+    struct crpci_fairness_queue *queue; /* of the flow */
+    bool held;              /* requests wait, because unsent replies take too much */
+} crpci_peer_part;
 
 /* The two accounts that held most of a resource by their weights when all were compared last. */
 typedef struct crpci_peer_top {
@@ -22470,6 +22565,7 @@ typedef struct crpci_peer_top {
 
 typedef struct crpci_peer_table {
     crpci_heap *heap;
+    size_t parts; /* of an account */
     size_t count; /* accounts */
     crpci_peer_top top[CRPCI_PEER_RESOURCES];
     crpci_list buckets[CRPCI_PEER_BUCKETS];
@@ -22485,10 +22581,12 @@ typedef struct crpci_peer_table {
 } crpci_peer_table;
 
 /* `t` is all zero, but for its weights. */
-CRPCI_COLD void crpci_peer_open(crpci_peer_table *t, crpci_heap *h, const uint64_t secret[2])
+CRPCI_COLD void crpci_peer_open(crpci_peer_table *t, crpci_heap *h, const uint64_t secret[2],
+                                size_t loops)
 {
     size_t i;
     t->heap = h;
+    t->parts = loops;
     t->secret[0] = secret[0];
     t->secret[1] = secret[1];
     for (i = 0; i < CRPCI_PEER_BUCKETS; i++)
@@ -22579,6 +22677,23 @@ CRPCI_FN void crpci_peer_fill(const crpci_peer_table *t, crpci_peer_account *a, 
     }
 }
 
+CRPCI_FN crpci_peer_part *crpci_peer_part_on(void *account, const crpc_loop *l)
+{
+    return (crpci_peer_part *)((crpci_peer_account *)account + 1) + l->index;
+}
+
+/* The part of a connection's account on its loop. */
+CRPCI_FN crpci_peer_part *crpci_peer_part_of(const crpci_conn *c)
+{
+    return CRPCI_LIKELY(c->tx_sum != NULL) ? CRPCI_CONTAINER(c->tx_sum, crpci_peer_part, unsent)
+                                           : crpci_peer_part_on(c->account, c->loop);
+}
+
+CRPCI_FN size_t crpci_peer_size(const crpci_peer_table *t)
+{
+    return sizeof(crpci_peer_account) + t->parts * sizeof(crpci_peer_part);
+}
+
 /* Counts a new connection for its account. NULL: out of memory. */
 CRPCI_FN crpci_peer_account *crpci_peer_connect(crpci_peer_table *t, const crpci_sock_name *name,
                                                 int64_t now_us)
@@ -22588,6 +22703,7 @@ CRPCI_FN crpci_peer_account *crpci_peer_connect(crpci_peer_table *t, const crpci
     crpci_list *bucket = &t->buckets[hash % CRPCI_PEER_BUCKETS], *i;
     const crpci_peer_network *network = crpci_peer_find_network(&t->weights, name);
     crpci_peer_account *a;
+    size_t k;
     for (i = bucket->next; i != bucket; i = i->next) {
         a = CRPCI_CONTAINER(i, crpci_peer_account, link);
         if (a->key.kind == key.kind && a->key.scope == key.scope &&
@@ -22596,9 +22712,14 @@ CRPCI_FN crpci_peer_account *crpci_peer_connect(crpci_peer_table *t, const crpci
             return a;
         }
     }
-    a = (crpci_peer_account *)crpci_heap_alloc(t->heap, sizeof *a);
+    a = (crpci_peer_account *)crpci_heap_alloc(t->heap, crpci_peer_size(t));
     if (!a)
         return NULL;
+    for (k = 0; k < t->parts; k++) {
+        crpci_peer_part *part = (crpci_peer_part *)(a + 1) + k;
+        crpci_worker_flow_init(&part->flow);
+        crpci_list_init(&part->unread);
+    }
     a->key = key;
     a->weight = network ? network->weight : 1;
     a->held[CRPCI_PEER_CONNECTIONS] = 1;
@@ -22631,7 +22752,7 @@ CRPCI_FN void crpci_peer_release(crpci_peer_table *t, crpci_peer_account *a,
     }
     crpci_list_remove(&a->link);
     t->count--;
-    crpci_heap_free(t->heap, a, sizeof *a);
+    crpci_heap_free(t->heap, a, crpci_peer_size(t));
 }
 
 /* Whether account `a` holds more by its weight than `b`. */
@@ -22691,19 +22812,14 @@ CRPCI_COLD crpci_conn *crpci_peer_next_conn(const crpc_server *s, crpc_loop *l, 
 
 /* Finds the connection that has to go when unsent replies take too much memory on a loop: the one
  * whose peer has taken nothing for longest, among those of the account with most bytes of unsent
- * replies by its weight. NULL: there is none. The loop is locked, and the table, because loops
- * share accounts. */
+ * replies by its weight. NULL: there is none. The loop is locked. */
 CRPCI_COLD crpci_conn *crpci_peer_find_stalled(const crpc_server *s, crpc_loop *l)
 {
     crpci_conn *c = NULL, *found = NULL;
-    uint64_t most = 0;
-    while (CRPC_ENABLE_POLICY && (c = crpci_peer_next_conn(s, l, c)) != NULL)
-        ((crpci_peer_account *)c->account)->unsent = 0;
-    while (CRPC_ENABLE_POLICY && (c = crpci_peer_next_conn(s, l, c)) != NULL)
-        ((crpci_peer_account *)c->account)->unsent += (uint64_t)c->tx_memory;
+    int64_t most = 0;
     while ((c = crpci_peer_next_conn(s, l, c)) != NULL) {
         const crpci_peer_account *a = (const crpci_peer_account *)c->account;
-        uint64_t held = CRPC_ENABLE_POLICY ? a->unsent / a->weight : (uint64_t)c->tx_memory;
+        int64_t held = CRPC_ENABLE_POLICY ? *c->tx_sum / a->weight : c->tx_memory;
         if (c->blocked &&
             (!found || held > most || (held == most && c->stalled_us < found->stalled_us))) {
             found = c;
@@ -22812,21 +22928,18 @@ CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int
 }
 
 /* ======================================================================== */
-/* >>impl-context   one request in service: its handler, its reply, its end */
+/* >>impl-fairness   a server's struct; how hosts share its time, and its memory for replies */
 /* ======================================================================== */
 
-/* A context is the server's record of one request, from intake to the queueing of its reply. It has
- * one user at a time: the I/O thread or worker that runs the handler or, after CRPC_EPENDING, the
- * thread that calls crpc_context_finish. That user needs no lock. The lock of the connection's loop
- * is taken to make a context, to queue its reply and to release what it holds. A server's struct
- * stands here because every request reads it. */
+/* The handlers of a loop's requests run in turns, one request of each host after the other, as the
+ * workers' do. A host whose unsent replies take too much memory is held: its requests wait. A
+ * server's struct stands here because this is the first section that needs it. All functions need
+ * the loop's lock. */
 
-#define CRPCI_CONTEXT_CONN_MAX 4096 /* requests of one connection in service at a time */
-/* Received bytes up to this number are copied: a request that waits for long must not keep the
- * receive buffer of 64 KiB that it came in. */
-#define CRPCI_CONTEXT_COPY 1024u
-#define CRPCI_CONTEXT_CROWDED                                                                      \
-    CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
+#define CRPCI_FAIRNESS_STALLED 1000000 /* microseconds after which a held host's connection goes */
+#define CRPCI_FAIRNESS_TURN 1000 /* microseconds for which handlers run before the loop polls */
+#define CRPCI_FAIRNESS_BACKLOG CRPCI_CONN_FRAMES /* requests of a host that may wait on a loop */
+#define CRPCI_FAIRNESS_CONN_MAX 4096 /* requests of one connection in service at a time */
 
 /* The life of a server, which only goes forward. */
 typedef enum crpci_server_state {
@@ -22846,6 +22959,13 @@ typedef struct crpci_context_guard {
     void (*end)(crpc_context *x, const crpci_message *reply, int served); /* reply NULL: none */
     void (*leave)(crpc_server *s, void *account); /* a connection is closed and has no request */
 } crpci_context_guard;
+
+/* Requests that wait for their handlers on a loop's thread, under the loop's lock. */
+typedef struct crpci_fairness_queue {
+    crpci_worker_queue requests;
+    bool running;
+    crpci_task task; /* in loop->ready while some of them may run, but not while `running` */
+} crpci_fairness_queue;
 
 /* A server. The program owns it, and connections with requests in service keep it. Each nested
  * struct belongs to the section of its name. Unless a member says otherwise, it is written before
@@ -22869,6 +22989,8 @@ struct crpc_server {
     crpci_worker_pool workers;
     crpci_worker_flow flow; /* of all requests without CRPC_ENABLE_POLICY */
     size_t worker_count; /* also when they have stopped; 0: handlers run on the I/O threads */
+    crpci_fairness_queue *queues; /* one for each loop that has connections */
+    size_t queue_count;
     struct {
         crpc_loop **loops; /* one for each I/O thread */
         size_t count;
@@ -22912,6 +23034,195 @@ struct crpc_server {
     } drain;
     crpc_server_options options; /* its texts are copies; loops.thread_name may be gone, see `io` */
 };
+
+/* Unsent replies take more than their part of max_bytes: closes connections whose peers take none
+ * until they do not, or until what is left has not been offered to its peers yet. Locked. */
+CRPCI_COLD void crpci_fairness_relieve(const crpc_server *s, crpc_loop *l)
+{
+    char why[120];
+    while (l->unsent > l->most_unsent) {
+        crpci_conn *c = crpci_peer_find_stalled(s, l);
+        if (!c)
+            return;
+        crpci_status_format(why, sizeof why,
+                            "its peer does not take its replies, %lld bytes, and all replies "
+                            "together are over a quarter of max_bytes",
+                            (long long)c->tx_memory);
+        crpci_receive_evict(c, why);
+    }
+}
+
+/* While hosts are held on a loop: closes their connections that have taken nothing for a second, so
+ * that those which do take replies are served again. */
+CRPCI_COLD void crpci_fairness_on_hold(crpc_loop *l, crpci_timer *t)
+{
+    int64_t now = crpci_loop_now(l);
+    crpci_list *i, *next;
+    for (i = l->conns.next; i != &l->conns; i = next) {
+        crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
+        next = i->next;
+        if (!c->blocked || !c->account || !crpci_peer_part_of(c)->held)
+            continue;
+        crpci_conn_stall_end(c, now);
+        if (now - c->stalled_us >= CRPCI_FAIRNESS_STALLED)
+            crpci_receive_evict(c, CRPCI_STATUS_TEXT("its peer does not take its replies, and its "
+                                                     "host has too many that are not sent"));
+    }
+    if (l->held_hosts)
+        crpci_loop_timer_set(l, t, CRPCI_FAIRNESS_STALLED / 4);
+}
+
+/* Holds a host when its unsent replies on a loop take more than a sixteenth of max_bytes, or so
+ * many more as it has weight: no handler runs for it until they take half as much. Locked. */
+CRPCI_COLD void crpci_fairness_hold_host(crpci_conn *conn)
+{
+    crpc_server *s = (crpc_server *)conn->owner;
+    crpc_loop *l = conn->loop;
+    crpci_peer_account *a = (crpci_peer_account *)conn->account;
+    crpci_peer_part *part = crpci_peer_part_of(conn);
+    int64_t most = l->host_unsent * (a->weight < 4 ? a->weight : 4);
+    if (part->held ? part->unsent > most / 2 : part->unsent <= most)
+        return;
+    part->held = !part->held;
+    l->held_hosts += part->held ? 1u : (uint32_t)-1;
+    if (s->worker_count) {
+        crpci_worker_hold(&s->workers, &a->flow, part->held);
+    } else {
+        part->flow.held = part->held;
+        if (part->flow.queued && !part->queue->running)
+            crpci_loop_ready(l, &part->queue->task);
+    }
+    if (part->held && !l->hold_timer.prev) {
+        crpci_timer_init(&l->hold_timer, crpci_fairness_on_hold);
+        crpci_loop_timer_set(l, &l->hold_timer, CRPCI_FAIRNESS_STALLED / 4);
+    }
+}
+
+CRPCI_COLD void crpci_fairness_regulate(crpci_conn *conn)
+{
+    int64_t max = ((const crpc_server *)conn->owner)->options.limits.max_queued;
+    if (conn->loop->unsent > conn->loop->most_unsent)
+        crpci_fairness_relieve((const crpc_server *)conn->owner, conn->loop);
+    if (CRPC_ENABLE_POLICY)
+        crpci_fairness_hold_host(conn);
+    if (!conn->paused && (conn->busy >= CRPCI_FAIRNESS_CONN_MAX || (max && conn->tx_memory > max)))
+        crpci_conn_pause(conn, true);
+    else if (conn->paused && !crpci_receive_waits(conn) && crpci_list_empty(&conn->admission) &&
+             conn->busy < CRPCI_FAIRNESS_CONN_MAX / 2 && (!max || conn->tx_memory <= max / 2))
+        crpci_conn_pause(conn, false);
+}
+
+/* Stops reading a connection that has CRPCI_FAIRNESS_CONN_MAX requests in service, or whose unsent
+ * replies take more than max_queued bytes; reads it again when both have fallen to half, unless it
+ * waits for a verdict or for its admission. May close connections, this one too, so that replies of
+ * all do not take too much. Locked. */
+CRPCI_FN void crpci_fairness_throttle(crpci_conn *conn)
+{
+    int64_t max = ((const crpc_server *)conn->owner)->options.limits.max_queued; /* 0: no limit */
+    if (CRPCI_UNLIKELY(conn->paused || conn->busy >= CRPCI_FAIRNESS_CONN_MAX ||
+                       (uint64_t)conn->tx_memory > (uint64_t)max - 1 ||
+                       conn->loop->unsent > conn->loop->host_unsent))
+        crpci_fairness_regulate(conn);
+}
+
+/* The flow of a connection's requests: that of its peer's account. */
+CRPCI_FN crpci_worker_flow *crpci_fairness_flow(crpc_server *s, const crpci_conn *conn)
+{
+    if (!CRPC_ENABLE_POLICY)
+        return &s->flow;
+    return s->worker_count ? &((crpci_peer_account *)conn->account)->flow
+                           : &crpci_peer_part_of(conn)->flow;
+}
+
+/* A long reply counts as several turns. Locked. */
+CRPCI_COLD void crpci_fairness_charge(crpc_server *s, const crpci_conn *conn, size_t size)
+{
+    if (s->worker_count)
+        crpci_thread_lock(&s->workers.lock);
+    crpci_worker_charge(crpci_fairness_flow(s, conn), size / CRPCI_HEAP_LARGE);
+    if (s->worker_count)
+        crpci_thread_unlock(&s->workers.lock);
+}
+
+/* Queues a request whose handler is to run on the loop's thread. When many requests of its host
+ * wait, the connection is not read until there are fewer. One that is alone needs no turn.
+ * Locked. */
+CRPCI_FN void crpci_fairness_push(crpci_conn *conn, crpci_task *t)
+{
+    crpc_loop *l = conn->loop;
+    crpci_peer_part *part = crpci_peer_part_of(conn);
+    crpci_fairness_queue *q = part->queue;
+    if (!q->requests.count && crpci_list_empty(&l->ready) && !q->running && !part->held) {
+        crpci_loop_ready_new(l, t);
+        return;
+    }
+    crpci_worker_push(&q->requests, &part->flow, t);
+    if (!q->running)
+        crpci_loop_ready(l, &q->task);
+    if (CRPCI_UNLIKELY(part->flow.queued >= CRPCI_FAIRNESS_BACKLOG) && !conn->paused &&
+        !conn->closed) {
+        crpci_conn_pause(conn, true);
+        crpci_list_append(&part->unread, &conn->admission);
+    }
+}
+
+/* Fewer requests of a host wait: reads its connections again. Locked. */
+CRPCI_COLD void crpci_fairness_read_on(crpci_peer_part *part)
+{
+    while (!crpci_list_empty(&part->unread)) {
+        crpci_conn *c = CRPCI_CONTAINER(part->unread.next, crpci_conn, admission);
+        crpci_list_remove(&c->admission);
+        crpci_fairness_regulate(c);
+    }
+}
+
+/* Runs requests that wait on a loop, for CRPCI_FAIRNESS_TURN or until none may run. Then the loop
+ * polls, so that a host whose handlers take long delays those of others by one at a time. The
+ * server may be gone when the last request has run. */
+CRPCI_FN void crpci_fairness_run_queue(crpc_loop *l, crpci_task *task)
+{
+    crpci_fairness_queue *q = CRPCI_CONTAINER(task, crpci_fairness_queue, task);
+    int64_t end = l->now + CRPCI_FAIRNESS_TURN;
+    crpci_worker_flow *flow;
+    crpci_task *t;
+    unsigned n = 0, look = 1; /* at the clock: after 1, 2, 4, ... 32, 64, 96, ... requests */
+    q->running = true;
+    while ((t = crpci_worker_take(&q->requests, &flow)) != NULL) {
+        bool last = !q->requests.count;
+        if (last)
+            q->running = false;
+        if (flow->queued == CRPCI_FAIRNESS_BACKLOG / 2)
+            crpci_fairness_read_on(CRPCI_CONTAINER(flow, crpci_peer_part, flow));
+        t->run(l, t);
+        if (last)
+            return;
+        if (++n < look)
+            continue;
+        look += look < 32 ? look : 32;
+        if (n >= 32) /* one send carries several replies */
+            crpci_loop_run_list(l, &l->dirty);
+        if (crpci_loop_time(l) >= end) {
+            crpci_loop_ready(l, &q->task);
+            break;
+        }
+    }
+    q->running = false;
+}
+
+/* ======================================================================== */
+/* >>impl-context   one request in service: its handler, its reply, its end */
+/* ======================================================================== */
+
+/* A context is the server's record of one request, from intake to the queueing of its reply. It has
+ * one user at a time: the I/O thread or worker that runs the handler or, after CRPC_EPENDING, the
+ * thread that calls crpc_context_finish. That user needs no lock. The lock of the connection's loop
+ * is taken to make a context, to queue its reply and to release what it holds. */
+
+/* Received bytes up to this number are copied: a request that waits for long must not keep the
+ * receive buffer of 64 KiB that it came in. */
+#define CRPCI_CONTEXT_COPY 1024u
+#define CRPCI_CONTEXT_CROWDED                                                                      \
+    CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
 
 /* What crpc_context_on_cancel asked for; in the context's `extra`. */
 typedef struct crpci_cancel {
@@ -22996,7 +23307,7 @@ CRPCI_COLD crpci_out *crpci_context_frame(crpci_heap *heap, const crpci_protocol
 
 /* Answers a request with an error, without a context. Locked. Without memory for the answer the
  * connection is closed, because a peer must not wait for a reply that cannot come. */
-CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, const crpci_message *m, int code,
+CRPCI_COLD void crpci_context_answer(crpci_conn *conn, const crpci_message *m, int code,
                                      const char *text)
 {
     crpci_message reply;
@@ -23266,50 +23577,13 @@ CRPCI_COLD void crpci_context_reject(crpc_context *x)
         crpci_context_release(s, conn->loop);
 }
 
-/* Unsent replies take more than their part of max_bytes: closes connections whose peers take none
- * until they do not, or until what is left has not been offered to its peers yet. Locked. */
-CRPCI_COLD void crpci_context_relieve(crpc_server *s, crpc_loop *l)
+/* Answers a request that is not taken in, and may close connections as crpci_fairness_throttle
+ * does. */
+CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, const crpci_message *m, int code,
+                                     const char *text)
 {
-    char why[120];
-    while (l->unsent > l->most_unsent) {
-        crpci_conn *c;
-        if (CRPC_ENABLE_POLICY)
-            crpci_thread_lock(&s->guard.lock);
-        c = crpci_peer_find_stalled(s, l);
-        if (CRPC_ENABLE_POLICY)
-            crpci_thread_unlock(&s->guard.lock);
-        if (!c)
-            return;
-        crpci_status_format(why, sizeof why,
-                            "its peer does not take its replies, %lld bytes, and all replies "
-                            "together are over a quarter of max_bytes",
-                            (long long)c->tx_memory);
-        crpci_receive_evict(c, why);
-    }
-}
-
-CRPCI_COLD void crpci_context_regulate(crpci_conn *conn, int64_t max)
-{
-    if (conn->loop->unsent > conn->loop->most_unsent)
-        crpci_context_relieve((crpc_server *)conn->owner, conn->loop);
-    if (!conn->paused && (conn->busy >= CRPCI_CONTEXT_CONN_MAX || (max && conn->tx_memory > max)))
-        crpci_conn_pause(conn, true);
-    else if (conn->paused && !crpci_receive_waits(conn) && crpci_list_empty(&conn->admission) &&
-             conn->busy < CRPCI_CONTEXT_CONN_MAX / 2 && (!max || conn->tx_memory <= max / 2))
-        crpci_conn_pause(conn, false);
-}
-
-/* Stops reading a connection that has CRPCI_CONTEXT_CONN_MAX requests in service, or whose unsent
- * replies take more than max_queued bytes; reads it again when both have fallen to half, unless it
- * waits for a verdict or for its admission. May close connections, this one too, so that replies of
- * all do not take too much. Locked. */
-CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
-{
-    int64_t max = ((const crpc_server *)conn->owner)->options.limits.max_queued; /* 0: no limit */
-    if (CRPCI_UNLIKELY(conn->paused || conn->busy >= CRPCI_CONTEXT_CONN_MAX ||
-                       (uint64_t)conn->tx_memory > (uint64_t)max - 1 ||
-                       conn->loop->unsent > conn->loop->most_unsent))
-        crpci_context_regulate(conn, max);
+    crpci_context_answer(conn, m, code, text);
+    crpci_fairness_throttle(conn);
 }
 
 /* After the end of input: closes the connection when every request is answered and every reply
@@ -23343,12 +23617,6 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
                                status);
 }
 
-/* The queue of a request for a worker: that of its peer's account. */
-CRPCI_FN crpci_worker_flow *crpci_context_flow(crpc_context *x)
-{
-    return CRPC_ENABLE_POLICY ? &((crpci_peer_account *)x->conn->account)->flow : &x->server->flow;
-}
-
 /* Ends a request up to the queueing of its reply: runs the interceptors' `after` in reverse order
  * and encodes the reply. Without the lock, because encoding may take long. If the server has
  * stopped there is no reply: crpc_server_close may have returned, so services and interceptors of
@@ -23375,9 +23643,6 @@ CRPCI_FN void crpci_context_conclude(crpc_context *x, int status)
                        "server: out of memory: a client takes the handler's error for crpc's own");
     x->reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code, &m)
                                                        : s->guard.ops->encode(x, code);
-    if (s->worker_count && x->reply && crpci_conn_out_len(x->reply) > CRPCI_HEAP_LARGE)
-        crpci_worker_charge(&s->workers, crpci_context_flow(x),
-                            crpci_conn_out_len(x->reply) / CRPCI_HEAP_LARGE);
 }
 
 /* Frees the context of a concluded request and queues its reply; the caller or the driver sends it.
@@ -23403,8 +23668,10 @@ CRPCI_FN bool crpci_context_reply(crpc_context *x)
             crpci_conn_out_free(reply);
         crpci_context_close_if_done(conn);
     } else if (reply) {
+        if (CRPCI_UNLIKELY(crpci_conn_out_len(reply) > CRPCI_HEAP_LARGE))
+            crpci_fairness_charge((crpc_server *)conn->owner, conn, crpci_conn_out_len(reply));
         crpci_conn_reply(conn, reply, turn);
-        crpci_context_throttle(conn);
+        crpci_fairness_throttle(conn);
         crpci_context_close_if_done(conn);
     } else {
         crpci_conn_close(conn, CRPC_ENOMEM, 0);
@@ -23459,14 +23726,13 @@ CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
 /* Checks the deadline, runs the interceptors, decodes the request and runs its handler, without the
  * lock. What an interceptor refuses is not decoded. Returns the status of the reply. After
  * CRPC_EPENDING x may be gone: another thread may have finished it already. */
-CRPCI_FN int crpci_context_serve(crpc_context *x)
+CRPCI_FN int crpci_context_serve(crpc_context *x, int64_t now)
 {
     const crpc_server *s = x->server;
     const crpc_method *m = x->method->method;
     const char *why = "";
     int err = CRPC_OK;
-    if (CRPCI_UNLIKELY(x->origin.deadline_us != INT64_MAX) &&
-        crpci_heap_rough_now(s->heap) >= x->origin.deadline_us)
+    if (now >= x->origin.deadline_us)
         return crpci_context_error(x, CRPC_ETIMEDOUT, "deadline passed before the handler ran");
     if (crpci_thread_load(&s->state) >= CRPCI_SERVER_ENDING)
         return CRPC_ELOGOFF;
@@ -23495,7 +23761,7 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
     crpc_server *s = x->server;
     int status;
     crpci_loop_user_begin(l);
-    status = crpci_context_serve(x);
+    status = crpci_context_serve(x, l->user_now); /* from after the last wait, or later */
     if (status != CRPC_EPENDING && CRPCI_UNLIKELY(x->cancel != NULL))
         crpci_context_disarm(x);
     if (status != CRPC_EPENDING)
@@ -23513,10 +23779,14 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
 CRPCI_FN const char *crpci_context_dispatch(crpc_context *x, bool admitted)
 {
     crpc_server *s = x->server;
-    if (CRPCI_LIKELY(!s->worker_count))
+    if (CRPCI_UNLIKELY(s->worker_count))
+        return crpci_worker_put(&s->workers, crpci_fairness_flow(s, x->conn), &x->task, admitted)
+                   ? NULL
+                   : CRPCI_CONTEXT_CROWDED;
+    if (CRPC_ENABLE_POLICY)
+        crpci_fairness_push(x->conn, &x->task);
+    else
         crpci_loop_ready_new(x->loop, &x->task);
-    else if (!crpci_worker_put(&s->workers, crpci_context_flow(x), &x->task, admitted))
-        return CRPCI_CONTEXT_CROWDED;
     return NULL;
 }
 
@@ -23524,12 +23794,14 @@ CRPCI_FN const char *crpci_context_dispatch(crpc_context *x, bool admitted)
 CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
 {
     crpc_context *x = CRPCI_CONTAINER(task, crpc_context, task);
+    int64_t now;
     int status;
     if (l) {
         crpci_context_run(l, x);
         return;
     }
-    status = crpci_context_serve(x);
+    now = x->origin.deadline_us == INT64_MAX ? 0 : crpci_heap_rough_now(x->server->heap);
+    status = crpci_context_serve(x, now);
     if (status != CRPC_EPENDING)
         crpci_context_complete(x, status);
 }
@@ -23916,7 +24188,7 @@ CRPCI_COLD void crpci_auth_refuse(crpci_conn *conn, const crpci_message *m,
             ? CRPCI_STATUS_TEXT("too many credentials of this host were refused (max_failures)")
         : credential ? CRPCI_STATUS_TEXT("the server does not accept the request's credential")
                      : CRPCI_STATUS_TEXT("the server asks for a credential; the request has none");
-    crpci_context_refuse(conn, m, CRPC_EAUTH, why);
+    crpci_context_answer(conn, m, CRPC_EAUTH, why);
     conn->shut = conn->eof = true;
     crpci_conn_interest(conn);
     crpci_context_close_if_done(conn);
@@ -24420,10 +24692,20 @@ CRPCI_COLD int crpci_guard_open(crpc_server *s)
 {
     const crpc_server_options *o = &s->options;
     uint64_t secret[2];
+    size_t i, loops = o->io_threads ? (size_t)o->io_threads : 1;
     int err;
+    s->queues =
+        (crpci_fairness_queue *)crpci_heap_alloc(s->heap, loops * sizeof *s->queues);
+    if (!s->queues)
+        return CRPC_ENOMEM;
+    s->queue_count = loops;
+    for (i = 0; i < loops; i++) {
+        crpci_list_init(&s->queues[i].requests.flows);
+        crpci_loop_task_init(&s->queues[i].task, crpci_fairness_run_queue);
+    }
     crpci_order_init(&s->guard.order, o->worker_queue);
     crpci_loop_secret(s->loop, secret);
-    crpci_peer_open(&s->guard.peers, s->heap, secret);
+    crpci_peer_open(&s->guard.peers, s->heap, secret, loops);
     err = crpci_peer_limit(&s->guard.peers, CRPCI_PEER_REQUESTS, o->rate_per_client,
                            o->burst_per_client);
     if (!err && o->access.authenticate && o->access.max_failures)
@@ -24451,6 +24733,7 @@ CRPCI_COLD void crpci_guard_close(crpc_server *s)
     }
     crpci_replay_close(&s->guard.replay);
     crpci_peer_close(&s->guard.peers, s->heap);
+    crpci_heap_free(s->heap, s->queues, s->queue_count * sizeof *s->queues);
     crpci_thread_mutex_free(&s->guard.lock);
 }
 
@@ -24629,8 +24912,9 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
                              "too many requests are being served (max_concurrency)");
     } else if (method) {
         crpci_intake_admit(s, conn, m, method);
+        if (CRPCI_UNLIKELY(conn->busy >= CRPCI_FAIRNESS_CONN_MAX))
+            crpci_fairness_regulate(conn);
     }
-    crpci_context_throttle(conn);
 }
 
 /* A request's head announces a body over max_body, which is 0 while crpci_receive_refuse refuses a
@@ -24649,15 +24933,15 @@ CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_message *
         crpci_intake_refuse(
             conn, m, CRPC_ELIMIT,
             CRPCI_STATUS_TEXT("no memory for a large request became free in time (max_bytes)"));
-    crpci_context_throttle(conn);
 }
 
-/* A reply has left: a connection that was paused for its unsent replies may be read again. */
+/* A reply has left: a connection that was paused for its unsent replies may be read again, and the
+ * requests of a host that was held may be served. */
 CRPCI_FN void crpci_intake_on_sent(crpci_conn *conn, crpci_out *o)
 {
     (void)o;
-    if (conn->paused)
-        crpci_context_throttle(conn);
+    if (CRPCI_UNLIKELY(conn->paused || conn->loop->held_hosts))
+        crpci_fairness_regulate(conn);
 }
 
 /* The peer sends no more, but may still read: what it asked for is answered before closing. */
@@ -24673,6 +24957,8 @@ CRPCI_FN void crpci_intake_on_eof(crpci_conn *conn)
 CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
 {
     crpc_server *s = (crpc_server *)conn->owner;
+    if (CRPC_ENABLE_POLICY && conn->loop->held_hosts)
+        crpci_fairness_hold_host(conn);
     if (CRPC_ENABLE_POLICY && !conn->busy)
         crpci_guard_disconnect(s, conn->account);
     crpci_auth_forget(conn);
@@ -24879,7 +25165,7 @@ CRPCI_COLD bool crpci_intake_cancel_all(crpc_server *s, crpc_loop *l)
             const crpc_context *x = CRPCI_CONTAINER(k, crpc_context, link);
             m.id = x->id;
             m.turn = x->turn;
-            crpci_context_refuse(c, &m, x->unbegun ? CRPC_ELOGOFF : CRPC_ECANCELED,
+            crpci_context_answer(c, &m, x->unbegun ? CRPC_ELOGOFF : CRPC_ECANCELED,
                                  CRPCI_INTAKE_STOPPING);
         }
         c->answered = true;
@@ -24964,6 +25250,11 @@ CRPCI_FN void crpci_listener_configure(const crpc_server *s, crpci_conn *conn)
     int64_t first = s->options.first_request_ms, idle = s->options.idle_timeout_ms;
     conn->protocols = crpci_protocols;
     conn->tx_sum = &conn->loop->unsent;
+    if (CRPC_ENABLE_POLICY) {
+        crpci_peer_part *part = crpci_peer_part_on(conn->account, conn->loop);
+        part->queue = &s->queues[conn->loop->index];
+        conn->tx_sum = &part->unsent;
+    }
     conn->screen = s->options.access.authenticate ? crpci_auth_screen : NULL;
     conn->max_body = (uint32_t)s->options.limits.max_body;
     conn->max_skip = s->options.max_skip;
@@ -25948,6 +26239,8 @@ CRPCI_COLD int crpci_lifecycle_start_threads(crpc_server *s, crpc_error *error)
     }
     while (!err && s->io.count < want) {
         err = crpc_loop_open(&s->io.loops[s->io.count], &lo);
+        if (!err)
+            s->io.loops[s->io.count]->index = (uint32_t)s->io.count;
         if (!err)
             err = crpc_loop_start(s->io.loops[s->io.count++]);
     }

@@ -177,7 +177,7 @@ static crpci_peer_table *table(crpci_heap *h, int rate, int burst)
 {
     static crpci_peer_table t;
     memset(&t, 0, sizeof t);
-    crpci_peer_open(&t, h, secret);
+    crpci_peer_open(&t, h, secret, 1);
     assert_int_equal(crpci_peer_limit(&t, CRPCI_PEER_REQUESTS, rate, burst), CRPC_OK);
     return &t;
 }
@@ -356,7 +356,7 @@ static int scenario(const crpc_hooks *hooks, void *user)
     if (err)
         return err;
     err = crpci_peer_read_networks(&t.weights, h, "10.0.0.7:16,unix:4", "peers", true, NULL);
-    crpci_peer_open(&t, h, secret);
+    crpci_peer_open(&t, h, secret, 1);
     if (!err)
         err = crpci_peer_limit(&t, CRPCI_PEER_REQUESTS, 1, 1);
     if (!err)

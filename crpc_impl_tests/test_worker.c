@@ -136,6 +136,13 @@ static void hosts_take_turns(void **state)
     crpci_heap_unref(h);
 }
 
+static void charge(crpci_worker_pool *p, size_t turns)
+{
+    crpci_thread_lock(&p->lock);
+    crpci_worker_charge(&flow, turns);
+    crpci_thread_unlock(&p->lock);
+}
+
 /* A host whose requests are large gives way to others, but not to nobody. */
 static void large_tasks_count_as_several(void **state)
 {
@@ -154,17 +161,48 @@ static void large_tasks_count_as_several(void **state)
         assert_true(crpci_worker_put(&pool, &flow, job_of(i), false));
     for (i = 101; i <= 103; i++)
         assert_true(crpci_worker_put(&pool, &other, job_of(i), false));
-    crpci_worker_charge(&pool, &flow, 2);
+    charge(&pool, 2);
     open_gate();
     assert_true(CT_WAIT(get(&ran) == 8, 20000));
     assert_memory_equal(order, expected, sizeof expected);
-    crpci_worker_charge(&pool, &flow, SIZE_MAX / 2);
-    crpci_worker_charge(&pool, &flow, 1000);
+    charge(&pool, SIZE_MAX / 2);
+    charge(&pool, 1000);
     assert_int_equal(flow.debt, CRPCI_WORKER_DEBT);
     assert_true(crpci_worker_put(&pool, &flow, job_of(5), false)); /* no other has a task */
     assert_true(CT_WAIT(get(&ran) == 9, 20000));
     crpci_worker_stop(&pool, h, 1);
     crpci_worker_free(&pool);
+    crpci_heap_unref(h);
+}
+
+/* A held flow stands in nobody's way, keeps its places, and goes on when all have let it go. */
+static void a_held_flow_waits(void **state)
+{
+    static const int expected[] = {101, 102, 1, 2};
+    crpci_heap *h = heap();
+    crpci_worker_pool pool;
+    crpci_worker_flow other;
+    (void)state;
+    reset(true);
+    crpci_worker_flow_init(&other);
+    assert_int_equal(crpci_worker_start(&pool, h, 1, 0, 65536), CRPC_OK);
+    crpci_worker_hold(&pool, &flow, true);
+    crpci_worker_hold(&pool, &flow, true);
+    assert_true(crpci_worker_put(&pool, &flow, job_of(1), false));
+    assert_true(crpci_worker_put(&pool, &flow, job_of(2), false));
+    assert_true(crpci_worker_put(&pool, &other, job_of(101), false));
+    assert_true(CT_WAIT(get(&ran) == 1, 20000));
+    crpci_worker_hold(&pool, &flow, false);
+    assert_true(crpci_worker_put(&pool, &other, job_of(102), false));
+    assert_true(CT_WAIT(get(&ran) == 2, 20000));
+    crpci_worker_hold(&pool, &flow, false);
+    assert_true(CT_WAIT(get(&ran) == 4, 20000));
+    assert_memory_equal(order, expected, sizeof expected);
+    crpci_worker_hold(&pool, &flow, true);
+    assert_true(crpci_worker_put(&pool, &flow, job_of(3), false));
+    crpci_worker_stop(&pool, h, 1); /* runs it */
+    crpci_worker_free(&pool);
+    assert_int_equal(ran, 5);
     crpci_heap_unref(h);
 }
 
@@ -283,7 +321,7 @@ int main(void)
     static const struct CMUnitTest tests[] = {
         CT_TEST(one_worker_keeps_the_order), CT_TEST(all_workers_work),
         CT_TEST(hosts_take_turns), CT_TEST(large_tasks_count_as_several),
-        CT_TEST(the_queue_is_bounded), CT_TEST(no_task_is_taken_after_the_stop),
+        CT_TEST(a_held_flow_waits), CT_TEST(the_queue_is_bounded), CT_TEST(no_task_is_taken_after_the_stop),
         CT_TEST(many_threads_may_push),      CT_TEST(starting_survives_being_out_of_memory),
     };
     return CT_RUN(tests);

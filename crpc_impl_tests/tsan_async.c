@@ -270,7 +270,7 @@ static void exactly_once_poll(void **state)
 
 #define SERVE_FINISHERS 2
 #define SERVE_QUEUE     65536
-#define SERVE_FULL      CRPCI_CONTEXT_CONN_MAX /* requests of a connection; then it is not read */
+#define SERVE_FULL      CRPCI_FAIRNESS_CONN_MAX /* requests of a connection; then it is not read */
 #define SERVE_FLOOD     (SERVE_FULL + 10)
 
 typedef struct serving {

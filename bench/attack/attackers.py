@@ -104,7 +104,7 @@ class Attack:
     receive_buffer = 0
     stderr_pipe = False     # the server's stderr is a pipe that nobody reads
     honest = ()             # further arguments of crpc_press
-    stop_s = None           # how long a stop may take at most; None: drain_ms and a second
+    stop_s = None           # how long a stop may take at most; None: drain_ms and 1.2 s
 
     def __init__(self, target, loops=1):
         self.target = target
