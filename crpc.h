@@ -357,7 +357,7 @@
  *     every_message           0           0           1
  *     max_failures            20          0           1 and more
  *     max_body                64 MiB      2 GiB - 1   1 to 2 GiB - 1
- *     max_queued              4 MiB       0           1 and more
+ *     max_queued              8 MiB       0           1 and more
  *     max_skip                256 MiB     0           1 and more
  *     rate_per_client         0           0           1 and more
  *     burst_per_client        0           0           1 and more
@@ -576,7 +576,7 @@
  *     max_body               64 MiB      request: CRPC_EREQUEST; reply: CRPC_ERESPONSE; skipped
  *     RpcMeta                64 KiB      CRPC_EINVAL; received: the connection is closed
  *     channel max_queued     16 MiB      CRPC_EOVERCROWDED, also for one request that is larger
- *     server max_queued      4 MiB       the connection is not read until half is sent
+ *     server max_queued      8 MiB       the connection is not read until half is sent
  *     write_timeout_ms       30 s        a connection that takes no byte so long is closed
  *     max_connections        1024        CRPC_ELIMIT, 32 at a time, else closed; see below
  *     worker_queue           1024        CRPC_ELIMIT
@@ -1328,7 +1328,7 @@ typedef struct crpc_limits {
                            a server both become a quarter of max_bytes if that is less */
     int64_t max_queued; /* unsent bytes on a connection. Beyond them a channel's call fails with
                            CRPC_EOVERCROWDED, and a server stops reading. 0: 16 MiB, of a server
-                           4 MiB. -1: no limit */
+                           8 MiB. -1: no limit */
 } crpc_limits;
 
 /* How requests are written for peers that are not crpc. */
@@ -26018,7 +26018,7 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_ROW(access.max_failures, "max_failures", CRPCI_OPTION_POLICY, 20, 0,
                         CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
-    CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 8 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_POLICY(rate_per_client, 0, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(burst_per_client, 0, 0, CRPCI_OPTION_ANY),
