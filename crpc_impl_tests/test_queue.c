@@ -79,10 +79,24 @@ typedef struct fixture {
     int told[2];
 } fixture;
 
+static char line[512]; /* the last of the log */
+
+static void on_line(void *user, int level, const char *text)
+{
+    (void)user, (void)level;
+    snprintf(line, sizeof line, "%s", text);
+}
+
 static void begin(fixture *f)
 {
+    crpc_loop_options o;
     memset(f, 0, sizeof *f);
-    f->loop = nowhere_loop(NULL);
+    memset(&o, 0, sizeof o);
+    o.hooks = ct_hooks();
+    o.hooks.log = on_line;
+    o.forbid_threads = 1;
+    line[0] = '\0';
+    assert_int_equal(crpc_loop_open(&f->loop, &o), CRPC_OK);
     assert_int_equal(nowhere_open(&f->r, f->loop, ct_free_port(), ""), CRPC_OK);
     assert_int_equal(crpc_lock_open(&f->lock, f->r, "l", "me", on_lock, f->told), CRPC_OK);
     f->q = &f->lock->place;
@@ -106,7 +120,7 @@ static void enter(fixture *f)
     crpci_loop_unlock(f->loop);
 }
 
-/* The directory holds the own node, and one with another number if that is not 5. */
+/* The directory was read. It holds the own node, and one with another number if that is not 5. */
 static void list(fixture *f, int number)
 {
     struct String_vector names;
@@ -121,19 +135,59 @@ static void list(fixture *f, int number)
     names.data = data;
     a.names = &names;
     crpci_loop_lock(f->loop);
-    assert_true(crpci_queue_on_list(&f->q->list, &a));
+    assert_int_equal(f->q->reader.kind, CRPCI_ZK_WATCH_CHILDREN_ONCE);
+    assert_true(crpci_queue_on_read(&f->q->reader, &a));
     crpci_loop_unlock(f->loop);
 }
 
-/* The own node was checked with success, a while ago. */
-static void check(fixture *f, int64_t ago_us, int64_t token)
+/* The own node was checked with success. */
+static void check(fixture *f, int64_t token)
 {
     struct Stat stat;
     memset(&stat, 0, sizeof stat);
     stat.czxid = token;
     crpci_loop_lock(f->loop);
-    crpci_zk_node_own_mine(&f->q->own, crpci_loop_now(f->loop) - ago_us, &stat);
+    crpci_zk_node_own_mine(&f->q->own, crpci_loop_now(f->loop), &stat);
     crpci_loop_unlock(f->loop);
+}
+
+/* The lock's record was read. */
+static void record(fixture *f, const char *text, int version)
+{
+    struct Stat stat;
+    crpci_zk_answer a;
+    memset(&stat, 0, sizeof stat);
+    memset(&a, 0, sizeof a);
+    stat.version = version;
+    a.stat = &stat;
+    a.text = text;
+    a.size = (int)strlen(text);
+    crpci_loop_lock(f->loop);
+    assert_int_equal(f->q->reader.kind, CRPCI_ZK_WATCH_DATA_ONCE);
+    assert_true(crpci_queue_on_read(&f->q->reader, &a));
+    crpci_loop_unlock(f->loop);
+}
+
+/* The own record was written, or not; that was sent a while ago. */
+static void write_record(fixture *f, int rc, int64_t ago_us)
+{
+    crpci_lease *lease = &f->q->lease;
+    crpci_loop_lock(f->loop);
+    assert_false(crpci_list_empty(&lease->node));
+    lease->written = true;
+    lease->answer(lease, rc, crpci_lease_now(f->q->item.session) - ago_us + 1476000);
+    crpci_loop_unlock(f->loop);
+}
+
+static void acquire(fixture *f, int64_t token)
+{
+    assert_int_equal(crpc_lock_acquire(f->lock, -1), CRPC_OK);
+    enter(f);
+    list(f, 5);
+    check(f, token);
+    record(f, "free", 1);
+    write_record(f, ZOK, 0);
+    assert_int_equal(f->q->state, CRPCI_QUEUE_HELD);
 }
 
 static void it_holds_only_with_a_lease(void **state)
@@ -148,7 +202,7 @@ static void it_holds_only_with_a_lease(void **state)
     list(&f, 4);
     assert_int_equal(f.q->state, CRPCI_QUEUE_WAIT);
     assert_string_equal(f.q->before.path, "/l/_c_y-lock-0000000004");
-    check(&f, 0, 77); /* the own node is there, but not the first */
+    check(&f, 77); /* the own node is there, but not the first */
     assert_int_equal(f.q->state, CRPCI_QUEUE_WAIT);
     crpci_loop_lock(f.loop);
     {
@@ -161,16 +215,23 @@ static void it_holds_only_with_a_lease(void **state)
     assert_int_equal(f.q->state, CRPCI_QUEUE_LOOK);
     list(&f, 6);
     assert_int_equal(f.q->state, CRPCI_QUEUE_FIRST);
-    check(&f, 3600000, 77); /* nine tenths of the timeout ago: too old a proof */
-    assert_int_equal(f.q->state, CRPCI_QUEUE_FIRST);
+    check(&f, 77);
+    assert_int_equal(f.q->state, CRPCI_QUEUE_READ);
+    record(&f, "", 0);
+    assert_int_equal(f.q->state, CRPCI_QUEUE_CLAIM);
     assert_true(crpc_lock_lease_us(f.lock) == 0);
-    check(&f, 1000000, 77);
+    write_record(&f, ZOK, 1476000); /* the answer took too long: nothing is left */
+    assert_int_equal(f.q->state, CRPCI_QUEUE_CLAIM);
+    write_record(&f, ZOK, 476000);
     assert_int_equal(f.q->state, CRPCI_QUEUE_HELD);
-    assert_in_range(crpc_lock_lease_us(f.lock), 1000000, 2600000);
+    assert_in_range(crpc_lock_lease_us(f.lock), 1, 1000000);
     assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
     assert_int_equal(f.told[0], 1);
     assert_int_equal(f.told[1], CRPC_OK);
-    crpci_loop_lock(f.loop); /* the lease runs out */
+    crpci_loop_lock(f.loop); /* a timer that is too early ends nothing */
+    crpci_queue_timer(f.loop, &f.q->item.timer);
+    assert_int_equal(f.q->state, CRPCI_QUEUE_HELD);
+    f.q->lease.until_us = 1; /* the lease runs out */
     crpci_queue_timer(f.loop, &f.q->item.timer);
     crpci_loop_unlock(f.loop);
     assert_true(crpc_lock_lease_us(f.lock) == 0);
@@ -179,6 +240,172 @@ static void it_holds_only_with_a_lease(void **state)
     assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
     assert_int_equal(f.told[0], 2);
     assert_int_equal(f.told[1], CRPC_EGONE);
+    end(&f);
+}
+
+/* The holder's node is gone, and its lease may not be over. */
+static void the_lease_of_the_one_before_is_waited_out(void **state)
+{
+    fixture f;
+    int64_t wait;
+    (void)state;
+    begin(&f);
+    assert_int_equal(crpc_lock_acquire(f.lock, -1), CRPC_OK);
+    enter(&f);
+    list(&f, 5);
+    check(&f, 77);
+    record(&f, "_c_y-lock-0000000004, 1500", 8);
+    assert_int_equal(f.q->state, CRPCI_QUEUE_CLAIM);
+    assert_int_equal(f.q->lease.version, 8);
+    wait = f.q->lease.due_us - crpci_zk_job_now(f.q->item.session);
+    assert_in_range(wait, 1000000, 1546875);
+    write_record(&f, ZBADVERSION, 0); /* it has written once more, or somebody else has */
+    assert_int_equal(f.q->state, CRPCI_QUEUE_READ);
+    assert_true(crpci_list_empty(&f.q->lease.node));
+    record(&f, "_c_x-lock-0000000005, 1500", 9); /* this one has, without an answer */
+    assert_int_equal(f.q->state, CRPCI_QUEUE_CLAIM);
+    assert_true(f.q->lease.due_us <= crpci_zk_job_now(f.q->item.session));
+    assert_int_equal(f.q->lease.version, 9);
+    crpc_lock_release(f.lock);
+    end(&f);
+    begin(&f); /* without waiting it is as good as held */
+    assert_int_equal(crpc_lock_acquire(f.lock, 0), CRPC_OK);
+    enter(&f);
+    list(&f, 5);
+    check(&f, 77);
+    record(&f, "_c_y-lock-0000000004, 1500", 8);
+    assert_int_equal(f.q->state, CRPCI_QUEUE_OUT);
+    assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
+    assert_int_equal(f.told[1], CRPC_ETIMEDOUT);
+    end(&f);
+}
+
+/* An error that says nothing about the node: what is held is held until the lease is over. */
+static void an_error_on_renewal_gives_nothing_away(void **state)
+{
+    static const int codes[] = {-127, -125, ZNOAUTH, ZINVALIDACL};
+    crpci_zk_answer a;
+    crpci_zk_request q;
+    fixture f;
+    size_t i;
+    (void)state;
+    begin(&f);
+    acquire(&f, 77);
+    assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
+    for (i = 0; i < sizeof codes / sizeof *codes; i++) {
+        write_record(&f, codes[i], 0);
+        memset(&a, 0, sizeof a);
+        memset(&q, 0, sizeof q);
+        a.rc = codes[i];
+        q.order.verb = CRPCI_ZK_STAT;
+        crpci_loop_lock(f.loop); /* the same for the check of the own node */
+        f.q->own.job.work->event(&f.q->own.job, CRPCI_ZK_ANSWERED, &q, &a);
+        crpci_loop_unlock(f.loop);
+        assert_int_equal(f.q->state, CRPCI_QUEUE_HELD);
+        assert_true(crpc_lock_lease_us(f.lock) > 0);
+    }
+    f.q->lease.until_us = 1;
+    assert_true(crpc_lock_lease_us(f.lock) == 0);
+    crpci_loop_lock(f.loop);
+    crpci_queue_timer(f.loop, &f.q->item.timer);
+    crpci_loop_unlock(f.loop);
+    assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
+    assert_int_equal(f.told[0], 2);
+    assert_int_equal(f.told[1], CRPC_EGONE);
+    end(&f);
+}
+
+/* The program's thread comes late: it must not begin what another may have begun. */
+static void a_lock_whose_lease_is_over_is_not_told_as_held(void **state)
+{
+    fixture f;
+    (void)state;
+    begin(&f);
+    acquire(&f, 77);
+    f.q->lease.until_us = 1;
+    assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
+    assert_int_equal(f.told[0], 1);
+    assert_int_equal(f.told[1], CRPC_EGONE);
+    assert_int_equal(f.q->state, CRPCI_QUEUE_OUT);
+    end(&f);
+}
+
+/* Nor does an answer that comes too late revive it. */
+static void a_lease_that_was_over_is_not_renewed(void **state)
+{
+    fixture f;
+    (void)state;
+    begin(&f);
+    acquire(&f, 77);
+    assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
+    f.q->lease.until_us = 1;
+    write_record(&f, ZOK, 0);
+    assert_true(crpc_lock_lease_us(f.lock) == 0);
+    assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
+    assert_int_equal(f.told[1], CRPC_EGONE);
+    end(&f);
+}
+
+/* Somebody has written into the lock's node: the own record is written over it, unless it is another
+ * holder's. */
+static void a_spoilt_record_is_written_again(void **state)
+{
+    fixture f;
+    (void)state;
+    begin(&f);
+    acquire(&f, 77);
+    assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
+    write_record(&f, ZBADVERSION, 0);
+    assert_int_equal(f.q->state, CRPCI_QUEUE_HELD);
+    record(&f, "127.0.0.1", 40);
+    assert_int_equal(f.q->state, CRPCI_QUEUE_HELD);
+    assert_int_equal(f.q->lease.version, 40);
+    assert_true(f.q->lease.due_us <= crpci_zk_job_now(f.q->item.session));
+    write_record(&f, ZBADVERSION, 0);
+    record(&f, "_c_y-lock-0000000009, 1500", 41);
+    assert_int_equal(f.q->state, CRPCI_QUEUE_OUT);
+    assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
+    assert_int_equal(f.told[1], CRPC_EGONE);
+    end(&f);
+}
+
+static void a_record_that_may_not_be_written_ends_the_attempt(void **state)
+{
+    fixture f;
+    (void)state;
+    begin(&f);
+    assert_int_equal(crpc_lock_acquire(f.lock, -1), CRPC_OK);
+    enter(&f);
+    list(&f, 5);
+    check(&f, 77);
+    record(&f, "free", 0);
+    write_record(&f, ZNOAUTH, 0);
+    assert_int_equal(f.q->state, CRPCI_QUEUE_OUT);
+    assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
+    assert_int_equal(f.told[0], 1);
+    assert_int_equal(f.told[1], CRPC_EAUTH);
+    end(&f);
+}
+
+/* ZooKeeper's data were restored: its zxids, and with them the tokens, begin again. */
+static void a_token_that_went_back_is_logged(void **state)
+{
+    fixture f;
+    (void)state;
+    begin(&f);
+    acquire(&f, 77);
+    assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
+    assert_null(strstr(line, "token"));
+    crpci_loop_lock(f.loop);
+    crpci_zk_job_over(f.q->item.session);
+    crpci_zk_node_own_set(&f.q->own, &f.q->own.path, NULL);
+    crpci_loop_unlock(f.loop);
+    assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
+    assert_int_equal(f.told[1], CRPC_EGONE);
+    acquire(&f, 12);
+#if CRPC_ENABLE_TEXTS
+    assert_non_null(strstr(line, "token 12 comes after the larger 77"));
+#endif
     end(&f);
 }
 
@@ -194,8 +421,8 @@ static void it_takes_a_new_place_in_a_new_session(void **state)
     crpci_zk_job_over(f.q->item.session);
     crpci_loop_unlock(f.loop);
     assert_int_equal(f.q->state, CRPCI_QUEUE_ENTER);
-    assert_int_equal(f.q->own.state, CRPCI_ZK_OWN_CREATE);
-    assert_null(f.q->own.path);
+    assert_int_equal(f.q->own.state, CRPCI_ZK_OWN_REMOVE); /* the old node, if it is still there */
+    assert_int_equal(f.q->own.wish, CRPCI_ZK_WISH_AFRESH);
     assert_int_equal(crpc_loop_step(f.loop, 0), CRPC_OK);
     assert_int_equal(f.told[0], 0);
     end(&f);
@@ -255,6 +482,13 @@ int main(void)
         CT_TEST(it_ends_with_its_registry),
         CT_TEST(it_tells_each_attempt_once),
         CT_TEST(it_holds_only_with_a_lease),
+        CT_TEST(the_lease_of_the_one_before_is_waited_out),
+        CT_TEST(an_error_on_renewal_gives_nothing_away),
+        CT_TEST(a_lock_whose_lease_is_over_is_not_told_as_held),
+        CT_TEST(a_lease_that_was_over_is_not_renewed),
+        CT_TEST(a_spoilt_record_is_written_again),
+        CT_TEST(a_record_that_may_not_be_written_ends_the_attempt),
+        CT_TEST(a_token_that_went_back_is_logged),
         CT_TEST(it_takes_a_new_place_in_a_new_session),
         CT_TEST(an_attempt_without_waiting_fails_on_a_held_lock),
     };
