@@ -2324,8 +2324,9 @@ CRPC_API CRPC_MUST_CHECK int crpc_registry_open(crpc_registry **registry, crpc_l
 /* Ends everything that was begun through the registry: operations end with CRPC_ECANCELED, and
  * their callbacks still run; watches end; locks are released and elections left, but their handles
  * still have to be closed. If nothing else shares the session, it ends too, and its ephemeral nodes
- * are deleted; this can take 4.5 s if the ZooKeeper server is frozen. Any thread, any callback.
- * NULL is ignored. */
+ * are deleted; this can take 4.5 s if the ZooKeeper server is frozen. With libzookeeper_st the next
+ * holder of a lock then waits for the lease, unless the loop was driven after the release. Any
+ * thread, any callback. NULL is ignored. */
 CRPC_API void crpc_registry_close(crpc_registry *registry);
 
 /* The loop that the registry works on. The registry owns it if it is private. Any thread. */
@@ -17172,6 +17173,7 @@ typedef struct crpci_queue_place {
     crpci_queue_state state;
     crpci_queue_told told;
     bool once;   /* the attempt fails unless the lock is free now */
+    bool warned; /* it was logged that the record cannot be written */
     int outcome; /* why the attempt failed; 0: it has not */
     int64_t told_token;
     int64_t token; /* from READ on: the fencing token, which is the node's creation zxid */
@@ -17226,9 +17228,11 @@ CRPCI_FN void crpci_queue_out(crpci_queue_place *q, int status)
     crpci_agreement_ready(&q->item);
 }
 
-/* No longer held. An existing node is removed before an election queues again. */
-CRPCI_FN void crpci_queue_lose(crpci_queue_place *q)
+/* No longer held. An existing node is removed before an election queues again. The record stays if
+ * the lease is not over: the program may have asked for it a moment ago, and count on it. */
+CRPCI_FN void crpci_queue_lose(crpci_queue_place *q, bool over)
 {
+    q->lease.written = q->lease.written && over;
     crpci_queue_out(q, CRPC_EGONE); /* for an attempt whose success was not reported yet */
     if (q->on_election && q->told != CRPCI_QUEUE_CLOSED)
         crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_AFRESH);
@@ -17249,7 +17253,7 @@ CRPCI_FN void crpci_queue_expire(crpci_queue_place *q)
     crpci_heap_log(q->item.session->heap, CRPC_LOG_WARN,
                    "%s %s: lease expired without an answer from zookeeper://%s; given up",
                    crpci_queue_what(q), q->dir, q->item.session->authority);
-    crpci_queue_lose(q);
+    crpci_queue_lose(q, true);
 }
 
 /* The lease has expired, or the time to wait in the queue is over. The timer's clock stands still
@@ -17326,7 +17330,7 @@ CRPCI_FN void crpci_queue_lost(crpci_zk_own *own, int rc)
                        "%s %s: another client removed this process's node; the place is lost",
                        crpci_queue_what(q), q->dir);
     if (gone && q->state == CRPCI_QUEUE_HELD)
-        crpci_queue_lose(q);
+        crpci_queue_lose(q, false);
     else if (gone)
         crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_AFRESH);
     else if (q->on_lock && q->state != CRPCI_QUEUE_HELD)
@@ -17349,7 +17353,7 @@ CRPCI_FN void crpci_queue_on_record(crpci_queue_place *q, const crpci_zk_answer 
         crpci_heap_log(s->heap, CRPC_LOG_ERROR,
                        "%s %s: held here, and by %.*s (a node's name, and a lease in ms); given up",
                        crpci_queue_what(q), q->dir, (int)size, a->text);
-        crpci_queue_lose(q);
+        crpci_queue_lose(q, false);
         return;
     }
     if (q->state == CRPCI_QUEUE_READ)
@@ -17368,6 +17372,7 @@ CRPCI_FN void crpci_queue_grant(crpci_queue_place *q, int64_t until_us)
         return; /* over, or soon written again */
     q->lease.until_us = until_us;
     q->state = CRPCI_QUEUE_HELD;
+    q->warned = false;
     crpci_loop_timer_set(q->item.session->loop, &q->item.timer, left);
     if (!held)
         crpci_agreement_ready(&q->item);
@@ -17386,10 +17391,12 @@ CRPCI_FN void crpci_queue_answer(crpci_lease *lease, int rc, int64_t until_us)
     } else if (rc == ZNONODE) {
         crpci_zk_node_own_check(&q->own);
     } else {
-        crpci_heap_log(q->item.session->heap, CRPC_LOG_WARN,
-                       "%s %s: the record in its node cannot be written: %s; %s",
-                       crpci_queue_what(q), q->dir, zerror(rc),
-                       held ? "trying again until the lease is over" : "not held");
+        if (!q->warned)
+            crpci_heap_log(q->item.session->heap, CRPC_LOG_WARN,
+                           "%s %s: its node, which says who holds it, cannot be written: %s; %s",
+                           crpci_queue_what(q), q->dir, zerror(rc),
+                           q->on_lock && !held ? "not acquired" : "trying again");
+        q->warned = true;
         if (q->on_lock && !held)
             crpci_queue_out(q, crpci_agreement_status(rc));
     }
@@ -17693,7 +17700,7 @@ CRPC_API void crpc_election_resign(crpc_election *election)
     crpci_zk_session *s = q->item.session;
     crpci_loop_lock(s->loop);
     if (q->item.owner) {
-        crpci_queue_lose(q);
+        crpci_queue_lose(q, true);
         crpci_zk_session_kick(s);
     }
     crpci_loop_unlock(s->loop);

@@ -387,6 +387,36 @@ static void a_record_that_may_not_be_written_ends_the_attempt(void **state)
     end(&f);
 }
 
+/* The program may have read the lease a moment before it is lost: the next one has to wait for it,
+ * unless it was given up on purpose or is over. */
+static void only_a_lease_that_is_over_is_freed(void **state)
+{
+    static const bool freed[] = {true, true, false};
+    size_t i;
+    (void)state;
+    for (i = 0; i < sizeof freed / sizeof *freed; i++) {
+        crpci_zk_multi *m;
+        fixture f;
+        begin(&f);
+        acquire(&f, 77);
+        if (i == 0)
+            crpc_lock_release(f.lock);
+        crpci_loop_lock(f.loop);
+        if (i == 1) {
+            f.q->lease.until_us = 1;
+            crpci_queue_timer(f.loop, &f.q->item.timer);
+        } else if (i == 2) {
+            crpci_zk_job_over(f.q->item.session);
+        }
+        assert_int_equal(f.q->own.state, CRPCI_ZK_OWN_REMOVE);
+        m = crpci_queue_leave(&f.q->own);
+        assert_int_equal(m != NULL, freed[i]);
+        crpci_zk_job_multi_free(f.loop->heap, m);
+        crpci_loop_unlock(f.loop);
+        end(&f);
+    }
+}
+
 /* ZooKeeper's data were restored: its zxids, and with them the tokens, begin again. */
 static void a_token_that_went_back_is_logged(void **state)
 {
@@ -489,6 +519,7 @@ int main(void)
         CT_TEST(a_spoilt_record_is_written_again),
         CT_TEST(a_record_that_may_not_be_written_ends_the_attempt),
         CT_TEST(a_token_that_went_back_is_logged),
+        CT_TEST(only_a_lease_that_is_over_is_freed),
         CT_TEST(it_takes_a_new_place_in_a_new_session),
         CT_TEST(an_attempt_without_waiting_fails_on_a_held_lock),
     };

@@ -4,7 +4,7 @@ namespace of its own, and links that freeze, servers that die and servers that s
 knows one server. Two must never hold by their leases at the same moment, and a holder that lost has
 a successor in time.
 
-    lease.py [N]      each kind of trouble N times (3)
+    lease.py [N]      each kind of trouble N times (3; 50 take half an hour)
 
 Needs root. The last line is "N passed, N failed".
 
@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from kazoo.client import KazooClient
@@ -98,11 +99,11 @@ class Server(_zookeeper.Server):
 class Contender:
     """A process; its intervals of holding are in self.held, the last one open while it holds."""
 
-    def __init__(self, server, number, log):
+    def __init__(self, server, number, log, path=PATH):
         self.machine, self.server, self.log = Host(10 + number), server, log
         self.file = open(log, "wb")
         self.process = subprocess.Popen(
-            [*self.machine.prefix, CONTENDER, "zookeeper://%s:%d" % (server.host, PORT), PATH,
+            [*self.machine.prefix, CONTENDER, "zookeeper://%s:%d" % (server.host, PORT), path,
              str(SESSION_MS)], stdin=subprocess.DEVNULL, stdout=self.file, stderr=self.file,
             preexec_fn=_zookeeper.die_with_parent)
 
@@ -114,6 +115,9 @@ class Contender:
         begins, ends = ([int(us) / 1e6 for us in re.findall(pattern, self.text(), re.M)]
                         for pattern in (r"^begin (\d+)$", r"^end (\d+)$"))
         return list(zip(begins, ends + [float("inf")]))
+
+    def session(self):
+        return int((re.findall(r"session 0x([0-9a-f]+)", self.text()) or ["0"])[-1], 16)
 
     def holds(self):
         held = self.held()
@@ -139,6 +143,7 @@ class Fleet:
         self.client = KazooClient(hosts=",".join("%s:%d" % (s.host, PORT) for s in self.servers),
                                   timeout=20)
         self.client.start(20)
+        self.directory = directory
         self.contenders = [Contender(s, i, os.path.join(directory, "contender%d" % i))
                            for i, s in enumerate(self.servers)]
         self.settle()
@@ -149,12 +154,24 @@ class Fleet:
     def holder(self):
         return next((c for c in self.contenders if c.holds()), None)
 
+    def everybody_queues(self):
+        """Each contender has a node of its present session, and one of them holds."""
+        def owner(name):
+            stat = self.client.retry(self.client.exists, PATH + "/" + name)
+            return stat and stat.owner_session_id
+        owners = [owner(name) for name in self.client.retry(self.client.get_children, PATH)]
+        return self.holder() and sorted(map(str, owners)) == sorted(
+            str(contender.session()) for contender in self.contenders)
+
     def settle(self):
-        """Everybody is in the queue, and the first of it holds."""
+        """Each server takes part in the quorum again: a new session is a write. And the contenders
+        have found their places."""
         for server in self.servers:
             server.await_service()
-        await_true(30, lambda: self.holder() and len(self.client.retry(
-            self.client.get_children, PATH)) == len(self.contenders), "everybody is in the queue")
+            client = KazooClient(hosts="%s:%d" % (server.host, PORT), timeout=20)
+            client.start(20)
+            client.stop()
+        await_true(30, self.everybody_queues, "everybody is in the queue")
 
     def overlap(self):
         """The longest time for which two held, in seconds, and when."""
@@ -237,7 +254,45 @@ TROUBLES = [link_of_follower_and_leader, link_of_client_and_server, leader_kille
             holders_server_stopped, clock_of_holder_stepped]
 
 
+def turns_with_kazoo(fleet):
+    """A contender of crpc, one of kazoo, one of crpc: each begins when the one before it ends."""
+    path = "/locks/two"
+
+    def contender(number):
+        return Contender(fleet.servers[0], number,
+                         os.path.join(fleet.directory, "contender%d" % number), path)
+
+    def waiting(count):
+        await_true(20, lambda: fleet.client.exists(path) and len(
+            fleet.client.get_children(path)) == count, "%d in the queue" % count)
+    first = contender(10)
+    await_true(20, first.holds, "the first holds")
+    lock = fleet.client.Lock(path, extra_lock_patterns=["-lock-"])
+    thread = threading.Thread(target=lock.acquire, daemon=True)
+    thread.start()
+    waiting(2)
+    last = contender(11)
+    waiting(3)
+    time.sleep(1)
+    if lock.is_acquired or last.holds():
+        raise AssertionError("two hold")
+    first.end()
+    await_true(20, lambda: lock.is_acquired, "kazoo holds")
+    time.sleep(1)
+    if last.holds():
+        raise AssertionError("two hold")
+    lock.release()
+    await_true(20, last.holds, "the last holds")
+    last.end()
+
+
+ONCE = [turns_with_kazoo]
+
+
 def test(fleet, trouble):
+    if trouble is turns_with_kazoo:
+        turns_with_kazoo(fleet)
+        return
     holder, since = fleet.holder(), now()
     for within in trouble(fleet, holder):
         if within:
@@ -267,8 +322,9 @@ def main():
     passed = failed = 0
     directory = tempfile.mkdtemp(prefix="crpc-lease.")
     fleet = Fleet(directory)
-    for trouble in TROUBLES:
-        for number in range(count if fnmatch.fnmatch(trouble.__name__, wildcard) else 0):
+    for trouble in TROUBLES + ONCE:
+        times = 1 if trouble in ONCE else count
+        for number in range(times if fnmatch.fnmatch(trouble.__name__, wildcard) else 0):
             begin = now()
             try:
                 test(fleet, trouble)
