@@ -733,7 +733,7 @@
  *     wire        conn receive connect baidu protocols                bytes to messages and back
  *     directory   names cache directory file multicast zk_servers     live lists of providers
  *                 zk_job zk_session zk_pool zk_node zk_directory open
- *     agreement   agreement operations config queue registry          on a ZooKeeper session
+ *     agreement   agreement operations config lease queue registry    on a ZooKeeper session
  *     client      request reply endpoint providers attempt cluster channel opening
  *     server      service worker order replay quota context guard intake listener enrolment
  *                 lifecycle
