@@ -184,7 +184,7 @@ $(foreach m,$(MUTANTS),$(eval $(call mutant_rule,$(m))))
 .PHONY: build-test build-test-tsan
 build-test: $(if $(filter %/netns.sh,$(SCRIPTS)),$(B)/system/sys_zookeeper.mt $(B)/system/sys_zookeeper.st)
 # What runs the examples.
-EXAMPLE_SCRIPTS := %/check_examples.sh %/coordination.sh %/fleet.py %/wire.py %/syscalls.py
+EXAMPLE_SCRIPTS := %/check_examples.sh %/coordination.sh %/fleet.py %/lease.py %/wire.py %/syscalls.py
 build-test: $(UNIT_BIN) $(SYSTEM_BIN) $(if $(filter $(EXAMPLE_SCRIPTS),$(SCRIPTS)),build-examples)
 build-test-tsan: $(TSAN_BIN) $(filter-out %/none,$(MUTANT_BIN))
 

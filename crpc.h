@@ -153,6 +153,7 @@
  *     >>impl-agreement     common parts of what programs open in ZooKeeper: lifetime, paths, codes
  *     >>impl-operations    reading and writing znodes, one or several at once
  *     >>impl-config        following the value of a znode
+ *     >>impl-lease         leases of locks: granted, renewed, waited for
  *     >>impl-queue         locks and elections
  *     >>impl-registry      opening and closing a session that programs use
  *     >>impl-request       a method as a channel knows it, and an encoded request
@@ -550,15 +551,34 @@
  *                      reads it again
  *     lock, waiting    keeps its place                 gets a new place, at the end
  *     lock, held       is held for the rest of the     CRPC_EGONE, at the latest then
- *                      lease
+ *                      lease, or renewed
  *     leader           likewise                        is told, then becomes a candidate again
  *
- * The lease ends nine tenths of the session timeout after the last request that ZooKeeper answered,
- * which is before ZooKeeper can give the lock to another. It is renewed every quarter of the
- * timeout. A process that is stopped or starved gets no callback in time, and what it sent earlier
- * may arrive late. Where two holders at a time would do harm, send the lock's token with each
- * request, and let the receiver refuse a token smaller than the largest it has seen. Nodes are
- * named as in Curator's recipes (InterProcessMutex, LeaderSelector).
+ * ZooKeeper alone cannot tell a holder that it has lost: a server that is cut off from its leader
+ * serves its clients for a while, and the leader ends their sessions meanwhile. So a lock has a
+ * lease of its own. It ends three eighths of the session timeout after the sending of the last
+ * request by which ZooKeeper's quorum renewed it, less 1/64; crpc renews it every eighth. The
+ * lock's node says how long the holder may hold. When a holder was not able to release the lock,
+ * because it died or was cut off, the next one waits so long before it begins, from the moment at
+ * which it sees that the holder's node is gone. So it follows after the session timeout, one and a
+ * half of ZooKeeper's ticks, the lease, and whatever time there was no quorum. No two hold at a
+ * time by their leases, as long as the speeds of their clocks differ by less than four percent. The
+ * lease goes by CLOCK_BOOTTIME, which counts the time that the host sleeps, or by the hook
+ * clock_us.
+ *
+ * What a lease cannot prevent: a process that is stopped or starved between asking for the lease
+ * and acting, and what it sent earlier and arrives late. Where two holders at a time would do harm,
+ * send the lock's token with each request, and let the receiver refuse a token smaller than the
+ * largest it has seen. Tokens are ZooKeeper's transaction numbers. If ZooKeeper's data are restored
+ * from an older copy, or wiped, tokens begin again at smaller numbers: then tell the receivers to
+ * forget the largest. A holder that sees its own token go back logs it.
+ *
+ * Nodes are named as in Curator's recipes (InterProcessMutex, LeaderSelector). Contenders of
+ * Curator stand in one queue with crpc's, those of kazoo too if its Lock is made with
+ * extra_lock_patterns=["-lock-"]. But they, and contenders of crpc 0.1, write no lease and wait for
+ * none: between them and crpc only ZooKeeper's own timing holds. A contender must be allowed to
+ * write the lock's node. Other programs leave that node's content alone, and delete the node only
+ * when nobody uses the lock.
  *
  * LIMITS AND TRUST
  *
@@ -687,6 +707,11 @@
  * finds no free replay entry gets CRPC_ELIMIT in place of being executed unremembered, so that
  * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket.
  *
+ * A lock and an election have a lease of three eighths of the session timeout in place of nine
+ * tenths, and are renewed with a write of the lock's node, which every contender must be allowed
+ * (COORDINATION). A successor of a holder that did not release waits for its lease. Let no
+ * contender of 0.1 queue beside those of 0.2 where that matters: it does not wait.
+ *
  * What is new: wait=1, unix://@name, CRPC_ENABLE_POLICY, CRPC_ENABLE_TEXTS, CRPC_DEBUG,
  * crpc_channel_options_parse and crpc_server_options_parse. For servers that meet strangers
  * (LIMITS AND TRUST): access.allow, access.peers, access.authenticate, crpc_context_identity,
@@ -713,7 +738,7 @@
  *     wire        conn receive connect baidu protocols                bytes to messages and back
  *     directory   names cache directory file multicast zk_servers     live lists of providers
  *                 zk_job zk_session zk_pool zk_node zk_directory open
- *     agreement   agreement operations config queue registry          on a ZooKeeper session
+ *     agreement   agreement operations config lease queue registry    on a ZooKeeper session
  *     client      request reply endpoint providers attempt cluster channel opening
  *     server      service worker order replay quota context guard intake listener enrolment
  *                 lifecycle
@@ -1074,7 +1099,9 @@ typedef struct crpc_hooks {
     /* Takes one log line of a crpc_log_level, without a newline. Default: writes it to stderr, or
      * drops it if stderr cannot take it at once. */
     void (*log)(void *user, int level, const char *line);
-    /* Returns a time in microseconds that never goes back. Default: CLOCK_MONOTONIC. */
+    /* Returns a time in microseconds that never goes back. Default: CLOCK_MONOTONIC. Leases of
+     * locks go by it too, or by default by CLOCK_BOOTTIME: it should count the time that the host
+     * sleeps. */
     int64_t (*clock_us)(void *user);
     /* Resolves a host name: writes its numeric addresses as text, separated by commas, and returns
      * CRPC_OK or another crpc_status. Called only from crpc_channel_open, crpc_registry_open,
@@ -2246,8 +2273,9 @@ static inline crpc_node_op crpc_node_check(const char *path, int32_t version)
     return crpc_node_op_of(CRPC_NODE_CHECK, path, version);
 }
 
-/* Reads who leads the election at a path, or holds the lock: data is the `who` that it gave,
- * stat.created its token. CRPC_ENOTFOUND: nobody. */
+/* Reads who leads the election at a path, or holds the lock, or will when the lease of the one
+ * before is over: data is the `who` that it gave, stat.created its token. CRPC_ENOTFOUND: nobody.
+ * */
 static inline crpc_node_op crpc_node_first(const char *path)
 {
     return crpc_node_op_of(CRPC_NODE_FIRST, path, CRPC_NODE_ANY);
@@ -2263,7 +2291,8 @@ typedef struct crpc_lock crpc_lock;
 
 /* Tells what became of a lock, on the thread that drives the loop. CRPC_OK: the lock is held, and
  * `token` is larger than that of every earlier holder; give it to whatever the lock protects.
- * CRPC_EGONE: the lock was held and is lost. Any other status: it was not acquired (see
+ * CRPC_EGONE: the lock was held and is lost, perhaps before this thread could tell that it was
+ * held. Any other status: it was not acquired (see
  * crpc_lock_acquire). */
 typedef void (*crpc_lock_fn)(void *user, int status, int64_t token);
 
@@ -2300,8 +2329,9 @@ CRPC_API CRPC_MUST_CHECK int crpc_registry_open(crpc_registry **registry, crpc_l
 /* Ends everything that was begun through the registry: operations end with CRPC_ECANCELED, and
  * their callbacks still run; watches end; locks are released and elections left, but their handles
  * still have to be closed. If nothing else shares the session, it ends too, and its ephemeral nodes
- * are deleted; this can take 4.5 s if the ZooKeeper server is frozen. Any thread, any callback.
- * NULL is ignored. */
+ * are deleted; this can take 4.5 s if the ZooKeeper server is frozen. With libzookeeper_st the next
+ * holder of a lock then waits for the lease, unless the loop was driven after the release. Any
+ * thread, any callback. NULL is ignored. */
 CRPC_API void crpc_registry_close(crpc_registry *registry);
 
 /* The loop that the registry works on. The registry owns it if it is private. Any thread. */
@@ -2358,8 +2388,8 @@ CRPC_API CRPC_MUST_CHECK int crpc_lock_open(crpc_lock **lock, crpc_registry *reg
                                             void *user);
 
 /* Joins the queue for the lock, which is first come, first served. timeout_ms 0: fails as soon as
- * ZooKeeper answers that another holds it. -1: no limit. A new session gets a new place, at the
- * end.
+ * ZooKeeper answers that another holds it, or that the lease of one that has gone may not be over.
+ * -1: no limit. A new session gets a new place, at the end.
  *
  * If this returns CRPC_OK, fn tells the end: CRPC_OK, CRPC_ETIMEDOUT (another holds it), CRPC_ECONN
  * (ZooKeeper could not be reached), CRPC_EAUTH (the credential may not), CRPC_ECANCELED (released
@@ -2367,9 +2397,9 @@ CRPC_API CRPC_MUST_CHECK int crpc_lock_open(crpc_lock **lock, crpc_registry *reg
  * of the last attempt. CRPC_ECANCELED: the registry is closed. Any thread, any callback. */
 CRPC_API CRPC_MUST_CHECK int crpc_lock_acquire(crpc_lock *lock, int timeout_ms);
 
-/* For how many microseconds the lock is certainly held, by ZooKeeper's last answer; 0: it is not
- * held. crpc renews the lease as long as ZooKeeper answers. Work that may take longer needs the
- * token. Any thread. */
+/* For how many microseconds the lock is certainly held, by ZooKeeper's last answer, at most three
+ * eighths of the session timeout; 0: it is not held. crpc renews the lease as long as ZooKeeper's
+ * quorum answers. Work that may take longer needs the token. Any thread. */
 CRPC_API int64_t crpc_lock_lease_us(crpc_lock *lock);
 
 /* Gives up the lock or the attempt. For this process that takes effect at once; the node in
@@ -13278,15 +13308,17 @@ typedef enum crpci_zk_verb {
     CRPCI_ZK_MULTI
 } crpci_zk_verb;
 
-/* Operations and results of a transaction. */
+/* Operations and results of a transaction. The client writes the results at the completion, which
+ * may come when the job has long sent something else. */
 typedef struct crpci_zk_multi {
     int count;
     zoo_op_t *ops;
     zoo_op_result_t *results;
+    size_t size; /* of the block that begins here and ends with the request; 0: it is the job's */
 } crpci_zk_multi;
 
-/* What a job wants to send. The path is copied; the data and `multi` must live as long as the
- * job, which each request holds until its completion. */
+/* What a job wants to send. The path is copied; the data, and a `multi` without a size, must live
+ * as long as the job, which each request holds until its completion. */
 typedef struct crpci_zk_order {
     crpci_zk_verb verb;
     const char *path;
@@ -13355,6 +13387,7 @@ struct crpci_zk_job {
     uint32_t refs;          /* of the session's list, of requests, of functions that unlock */
     crpci_zk_request *sent; /* in flight; NULL: none, or its answer no longer matters */
     int64_t due_us;         /* when to call `order`; 0: now; INT64_MAX: not at all */
+    int64_t retry_us;       /* wait after a request that got no answer; 0: a second */
     const char *watched;    /* path whose watch events the job gets, or NULL; the job's memory */
     /* CREATE: length of the part of the path that is created next; 0: the node itself */
     size_t made;
@@ -13477,6 +13510,28 @@ CRPCI_FN bool crpci_zk_job_writing(const crpci_zk_job *job)
     return crpci_zk_job_pending(job) && job->sent->order.verb >= CRPCI_ZK_CREATE;
 }
 
+/* A transaction in a block of its own, with room for `count` operations and for `bytes` of paths
+ * and data, which begin at *at. The request that it is ordered with frees it. NULL: out of memory.
+ * */
+CRPCI_FN crpci_zk_multi *crpci_zk_job_multi(crpci_heap *h, size_t count, size_t bytes, char **at)
+{
+    size_t size = sizeof(crpci_zk_multi) + count * (sizeof(zoo_op_t) + sizeof(zoo_op_result_t));
+    crpci_zk_multi *m = (crpci_zk_multi *)crpci_heap_alloc(h, size + bytes);
+    if (!m)
+        return NULL;
+    m->size = size + bytes;
+    m->ops = (zoo_op_t *)(void *)(m + 1);
+    m->results = (zoo_op_result_t *)(void *)(m->ops + count);
+    *at = (char *)m + size;
+    return m;
+}
+
+CRPCI_FN void crpci_zk_job_multi_free(crpci_heap *h, const crpci_zk_multi *m)
+{
+    if (m && m->size)
+        crpci_heap_free(h, (void *)(uintptr_t)m, m->size);
+}
+
 /* A request for s->handle: the order or, while job->made is set, the creation of a directory above
  * the node. NULL: out of memory. */
 CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_job *job,
@@ -13484,8 +13539,10 @@ CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_jo
 {
     size_t n = strlen(order->path), size = sizeof(crpci_zk_request) + n;
     crpci_zk_request *q = (crpci_zk_request *)crpci_heap_alloc(s->heap, size);
-    if (!q)
+    if (!q) {
+        crpci_zk_job_multi_free(s->heap, order->multi);
         return NULL;
+    }
     q->size = size;
     q->handle = s->handle;
     q->job = job;
@@ -13508,6 +13565,7 @@ CRPCI_FN void crpci_zk_job_request_free(crpci_zk_request *q)
 {
     crpci_heap *h = q->handle->session->heap;
     crpci_list_remove(&q->node);
+    crpci_zk_job_multi_free(h, q->order.multi);
     crpci_zk_job_unref(q->job);
     crpci_heap_free(h, q, q->size);
 }
@@ -13538,7 +13596,7 @@ CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
     bool skipped = a->rc == CRPCI_ZK_JOB_THROTTLED || a->rc == ZINVALIDSTATE; /* not executed */
     job->sent = NULL;
     if (skipped || crpci_zk_job_unanswered(a->rc)) { /* to be sent again, except a doubtful write */
-        crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
+        crpci_zk_job_around(job, job->retry_us ? job->retry_us : CRPCI_ZK_JOB_RETRY_US, 50);
         if (!skipped && o->verb >= CRPCI_ZK_CREATE && !q->parent)
             job->work->event(job, CRPCI_ZK_DOUBTED, q, a);
         return;
@@ -14653,6 +14711,7 @@ typedef enum crpci_zk_watch_kind {
     CRPCI_ZK_WATCH_CHILDREN,      /* reports the names below the node */
     CRPCI_ZK_WATCH_DATA,          /* reports its bytes */
     CRPCI_ZK_WATCH_CHILDREN_ONCE, /* reports the names once; sets no watch */
+    CRPCI_ZK_WATCH_DATA_ONCE,     /* reports the bytes once; sets no watch */
     CRPCI_ZK_WATCH_END            /* reports once, when the node does not exist */
 } crpci_zk_watch_kind;
 
@@ -14670,14 +14729,15 @@ typedef struct crpci_zk_watch {
     bool refused; /* the server refuses to let it be read, which was logged */
 } crpci_zk_watch;
 
-/* Reads the node or, while it does not exist, asks whether it exists: either request sets a
- * watch. */
+/* Reads the node or, while it does not exist, asks whether it exists: either request sets a watch.
+ * The end of a node without children is awaited with a watch on its children, which only the end
+ * fires: one on its data would fire with each change of them. */
 CRPCI_FN bool crpci_zk_node_watch_order(crpci_zk_job *job, crpci_zk_order *o)
 {
     crpci_zk_watch *w = CRPCI_CONTAINER(job, crpci_zk_watch, job);
-    bool children = w->kind == CRPCI_ZK_WATCH_CHILDREN || w->kind == CRPCI_ZK_WATCH_CHILDREN_ONCE;
-    o->verb = w->missing ? CRPCI_ZK_STAT : children ? CRPCI_ZK_LIST : CRPCI_ZK_GET;
-    o->watch = w->kind != CRPCI_ZK_WATCH_CHILDREN_ONCE;
+    bool data = w->kind == CRPCI_ZK_WATCH_DATA || w->kind == CRPCI_ZK_WATCH_DATA_ONCE;
+    o->verb = w->missing ? CRPCI_ZK_STAT : data ? CRPCI_ZK_GET : CRPCI_ZK_LIST;
+    o->watch = w->kind != CRPCI_ZK_WATCH_CHILDREN_ONCE && w->kind != CRPCI_ZK_WATCH_DATA_ONCE;
     o->path = w->path;
     return true;
 }
@@ -14805,14 +14865,16 @@ CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
  *     CHECK   a node of this name: whose?      exists              ours: OWNED; none: CREATE;
  *                                                                  another session's: EVICT
  *     OWNED   this session's, as of late       exists, every       as in CHECK
- *                                              check_us
+ *                                              minute
  *     EVICT   another session's, perhaps of    delete              gone: CREATE
  *             an earlier run of this program
- *     REMOVE  ours, not wanted (any more)      delete              gone: FIND if there may be a
- *                                                                  second one, else ABSENT
+ *     REMOVE  ours, not wanted (any more)      delete, or what     gone: FIND if there may be a
+ *                                              the owner orders    second one, else ABSENT
  *
  * As soon as no node is wanted, all of them become REMOVE, FIND or ABSENT, by what may be there.
- * The end of the session takes its nodes with it: OWNED becomes CREATE. */
+ * The end of the session takes its nodes with it: OWNED becomes CREATE. But a session that this
+ * process gave up lives on at the server for a timeout, and so does its node: a sequential one is
+ * removed by its path, before it stands in front of the new one. */
 typedef enum crpci_zk_own_state {
     CRPCI_ZK_OWN_ABSENT,
     CRPCI_ZK_OWN_CREATE,
@@ -14846,6 +14908,9 @@ typedef struct crpci_zk_owner {
      * an attempt failed for a reason that a new connection does not cure; then it may unlock. A
      * wanted node is tried again in all cases. */
     void (*lost)(crpci_zk_own *own, int rc);
+    /* Returns a transaction that removes the node and does more; a plain delete follows if it
+     * fails. NULL, or returns NULL: only a delete. Must not unlock. */
+    crpci_zk_multi *(*leave)(crpci_zk_own *own);
 } crpci_zk_owner;
 
 /* An ephemeral node that this process wants to exist, or to be removed. */
@@ -14856,10 +14921,10 @@ struct crpci_zk_own {
     crpci_zk_wish wish;
     bool sequential;
     bool unwatched;   /* sets no watch: the next check notices a removal */
+    bool plain;       /* REMOVE: the owner's transaction has failed */
     const char *dir;  /* the directory; the owner's memory */
     const char *data; /* the node's content; the owner's memory */
     int size;
-    int64_t check_us; /* between two checks */
     char *path;       /* of the node, once it may exist; NULL: none does */
     /* sequential: name without number, while a create may have made it; or NULL */
     char *prefix;
@@ -14967,6 +15032,10 @@ CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
     o->size = own->size;
     o->flags = CRPC_NODE_EPHEMERAL | CRPC_NODE_PARENTS;
     o->flags |= own->sequential ? CRPC_NODE_SEQUENTIAL : 0;
+    if (own->state == CRPCI_ZK_OWN_REMOVE && own->owner->leave && !own->plain)
+        o->multi = own->owner->leave(own);
+    if (o->multi)
+        o->verb = CRPCI_ZK_MULTI;
     return o->path != NULL;
 }
 
@@ -14979,7 +15048,7 @@ CRPCI_FN void crpci_zk_node_own_mine(crpci_zk_own *own, int64_t sent_us, const s
     if (own->state != CRPCI_ZK_OWN_OWNED)
         return; /* no longer wanted: it is being removed */
     if (stat || own->unwatched)
-        crpci_zk_job_around(&own->job, own->check_us, 20);
+        crpci_zk_job_around(&own->job, CRPCI_ZK_NODE_CHECK_US, 20);
     own->owner->owned(own, sent_us, stat, news);
 }
 
@@ -15064,6 +15133,9 @@ CRPCI_FN void crpci_zk_node_own_answered(crpci_zk_own *own, const crpci_zk_reque
     bool creates = q->order.verb == CRPCI_ZK_CREATE;
     if (a->rc == ZNODEEXISTS && creates) {
         crpci_zk_node_own_to(own, CRPCI_ZK_OWN_CHECK);
+    } else if (a->rc != ZOK && a->rc != ZNONODE && q->order.verb == CRPCI_ZK_MULTI) {
+        own->plain = true;
+        crpci_zk_node_own_next(own);
     } else if (a->rc != ZOK && (creates || a->rc != ZNONODE)) {
         if (own->state == CRPCI_ZK_OWN_CREATE) /* nothing was made */
             crpci_zk_node_own_set(own, &own->prefix, NULL);
@@ -15075,6 +15147,7 @@ CRPCI_FN void crpci_zk_node_own_answered(crpci_zk_own *own, const crpci_zk_reque
     } else if (own->state == CRPCI_ZK_OWN_EVICT) {
         crpci_zk_node_own_to(own, CRPCI_ZK_OWN_CREATE);
     } else if (own->state == CRPCI_ZK_OWN_REMOVE) {
+        own->plain = false;
         crpci_zk_node_own_set(own, &own->path, NULL);
         crpci_zk_node_own_to(own, own->prefix ? CRPCI_ZK_OWN_FIND : CRPCI_ZK_OWN_ABSENT);
     } else if (a->rc == ZNONODE || a->stat->ephemeralOwner != own->job.session->id) {
@@ -15084,16 +15157,14 @@ CRPCI_FN void crpci_zk_node_own_answered(crpci_zk_own *own, const crpci_zk_reque
     }
 }
 
-/* The session is over. A node with a fixed name may still exist, as another session's. */
+/* The session is over. Its node may still exist, as another session's. */
 CRPCI_FN void crpci_zk_node_own_over(crpci_zk_own *own)
 {
     bool tell = own->state == CRPCI_ZK_OWN_OWNED && own->wish == CRPCI_ZK_WISH_WANTED;
     crpci_zk_job_forget(&own->job);
     own->failures = 0;
-    if (own->sequential) {
-        crpci_zk_node_own_set(own, &own->path, NULL);
-        crpci_zk_node_own_set(own, &own->prefix, NULL);
-    }
+    if (own->sequential && own->wish == CRPCI_ZK_WISH_WANTED)
+        own->wish = CRPCI_ZK_WISH_AFRESH;
     if (own->state != CRPCI_ZK_OWN_REMOVE || !own->path)
         own->state = CRPCI_ZK_OWN_ABSENT;
     crpci_zk_node_own_next(own);
@@ -15118,7 +15189,7 @@ CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
     case CRPCI_ZK_RESUMED: /* the local address may have changed: check soon */
         own->failures = 0;
         crpci_zk_node_own_next(own);
-        soon = crpci_base_min64(crpci_zk_job_scatter(s), own->check_us / 16);
+        soon = crpci_zk_job_scatter(s);
         if (own->state == CRPCI_ZK_OWN_OWNED)
             crpci_zk_node_own_wait(own, soon);
         break;
@@ -15155,7 +15226,6 @@ CRPCI_FN void crpci_zk_node_own_init(crpci_zk_own *own, crpci_zk_session *s,
     crpci_zk_job_add(&own->job, &crpci_zk_node_own_work, s, INT64_MAX, holder, release);
     own->owner = owner;
     own->dir = dir;
-    own->check_us = CRPCI_ZK_NODE_CHECK_US;
 }
 
 /* Changes the wish; the caller kicks the session. ENDED may free the owner, unless it has other
@@ -15167,10 +15237,9 @@ CRPCI_FN void crpci_zk_node_own_want(crpci_zk_own *own, crpci_zk_wish wish)
     crpci_zk_node_own_next(own);
 }
 
-/* Checks the node now, and from now on at this interval. */
-CRPCI_FN void crpci_zk_node_own_check(crpci_zk_own *own, int64_t check_us)
+/* Checks the node now. */
+CRPCI_FN void crpci_zk_node_own_check(crpci_zk_own *own)
 {
-    own->check_us = check_us;
     if (own->state == CRPCI_ZK_OWN_OWNED && !own->job.sent)
         own->job.due_us = 0;
 }
@@ -15579,7 +15648,7 @@ CRPCI_FN void crpci_zk_directory_lost(crpci_zk_own *own, int rc)
 }
 
 static const crpci_zk_owner crpci_zk_directory_owner = {
-    crpci_zk_directory_name, crpci_zk_directory_owned, crpci_zk_directory_lost};
+    crpci_zk_directory_name, crpci_zk_directory_owned, crpci_zk_directory_lost, NULL};
 
 /* Registers a provider or, without an address, a consumer. Locked; the caller kicks the session. */
 CRPCI_FN int crpci_zk_directory_register(crpci_zk_directory *b, const crpci_names_service *what,
@@ -16099,13 +16168,20 @@ CRPCI_FN const char *crpci_agreement_relative(const char *full, size_t root)
 
 /* --- the nodes of a queue --------------------------------------------------------------------- */
 
-/* Reads the number in the name of a queue's node. False: the node is not part of a queue. */
+/* Reads the number in the name of a queue's node: crpc's, Curator's or kazoo's. False: the node is
+ * not part of a queue. */
 CRPCI_FN bool crpci_agreement_number(const char *name, int32_t *number)
 {
-    const char *at = NULL, *next = name;
-    while ((next = strstr(next, CRPCI_AGREEMENT_MARK)) != NULL)
-        at = next++;
-    return at && crpci_zk_node_number(at + strlen(CRPCI_AGREEMENT_MARK), number);
+    static const char marks[][9] = {CRPCI_AGREEMENT_MARK, "__lock__"};
+    size_t i;
+    for (i = 0; i < 2; i++) {
+        const char *at = NULL, *next = name;
+        while ((next = strstr(next, marks[i])) != NULL)
+            at = next++;
+        if (at && crpci_zk_node_number(at + strlen(marks[i]), number))
+            return true;
+    }
+    return false;
 }
 
 /* The last node before the node `than` or, with NULL, the first of all. NULL: none. */
@@ -16774,6 +16850,306 @@ CRPC_API void crpc_config_unwatch(crpc_registry *r, crpc_id id)
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
+/* >>impl-lease   leases of locks: granted, renewed, waited for             */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_ZOOKEEPER
+
+/* ZooKeeper alone cannot tell a holder that it has lost its lock. A server that is cut off from its
+ * leader goes on answering reads and pings of a session that the leader has ended, and the leader
+ * learns of a session's life only through that server. So a lock has a lease of its own, which
+ * trusts no clock of ZooKeeper.
+ *
+ * The lock's node has a record, "id, lease_ms": the name of the holder's node, and how long it may
+ * hold. It is granted and renewed by one transaction, which fails unless the holder's node exists:
+ *
+ *     check(own node), set(lock's node, record, the version that was read)
+ *
+ * The lease is three eighths of the session timeout from the sending of the last one that
+ * succeeded, less 1/64, and is renewed every eighth. A release deletes the own node and sets "free"
+ * in one transaction. The next contender sees that the holder's node is gone, reads the record, and
+ * waits as long as it says, plus 1/32, before it writes its own. Why this is enough: the holder's
+ * node existed when its last record was written, so it was deleted, and seen to be gone, after that
+ * was sent. Clocks may differ by those two parts in speed, and need not agree otherwise.
+ *
+ * Whatever else the node holds counts as free: Curator's contenders put their own text there, and
+ * do not wait.
+ *
+ * All leases of a session that are due go into one transaction. If it fails, each is tried alone,
+ * so that one spoilt record does not end the others. After a transaction without an answer the
+ * version is unknown; then the next one fails, and the owner reads the record. */
+
+#define CRPCI_LEASE_FREE  "free"
+#define CRPCI_LEASE_BYTES 262144u /* of texts in one transaction: the server takes 1 MB */
+
+typedef struct crpci_lease crpci_lease;
+
+/* A lease that is held, or will be asked for at due_us. Its owner's struct contains it. */
+struct crpci_lease {
+    crpci_list node;   /* in crpci_lease_keeper.leases, or alone */
+    const char *path;  /* the lock's node; the owner's memory */
+    const char *own;   /* the contender's node; the owner's memory, while this is in the list */
+    int32_t version;   /* of the record, as it was read or written last */
+    int64_t due_us;    /* when the record is written next, on the session's clock */
+    int64_t asked_us;  /* when the transaction under way was sent, by crpci_lease_now; 0: none */
+    int64_t until_us;  /* when the lease ends, by crpci_lease_now; 0: there is none */
+    bool alone;        /* tried alone, because a transaction with others has failed */
+    bool written;      /* the record may name the own node */
+    /* The record was written, and the lease is until_us; or why not. Locked, must not unlock. It
+     * may take this lease, and no other, off the list. */
+    void (*answer)(crpci_lease *lease, int rc, int64_t until_us);
+};
+
+/* The job that writes the records of a session. Made with the first lease, it stays until the
+ * session closes. */
+typedef struct crpci_lease_keeper {
+    crpci_zk_job job;
+    crpci_list leases;
+    int32_t lease_ms; /* of the records in the transaction under way */
+} crpci_lease_keeper;
+
+/* The clock of leases goes on while the host sleeps, so that a board that wakes up does not think
+ * that it still holds. */
+CRPCI_FN int64_t crpci_lease_now(const crpci_zk_session *s)
+{
+#ifdef CLOCK_BOOTTIME
+    struct timespec ts;
+    if (s->heap->hooks.clock_us == crpci_heap_default_clock &&
+        clock_gettime(CLOCK_BOOTTIME, &ts) == 0) /* Linux 2.6.39 */
+        return crpci_heap_micros(&ts);
+#endif
+    return crpci_zk_job_now(s);
+}
+
+/* --- records ---------------------------------------------------------------------------------- */
+
+/* How long to wait before writing a record of one's own in place of this one, in microseconds. 0:
+ * it is free, or `own` (a path) is the node that it names. */
+CRPCI_FN int64_t crpci_lease_wait(const char *text, size_t size, const char *own)
+{
+    const char *name = strrchr(own, '/') + 1, *comma;
+    char id[256];
+    size_t n, i;
+    int64_t ms = 0;
+    int32_t number;
+    comma = size ? (const char *)memchr(text, ',', size) : NULL;
+    n = comma ? (size_t)(comma - text) : 0;
+    if (n == 0 || n >= sizeof id || size - n < 3 || size - n > 9 || comma[1] != ' ')
+        return 0;
+    memcpy(id, text, n);
+    id[n] = '\0';
+    for (i = n + 2; i < size && text[i] >= '0' && text[i] <= '9'; i++)
+        ms = ms * 10 + (text[i] - '0');
+    if (i < size || !crpci_agreement_number(id, &number) || strcmp(id, name) == 0)
+        return 0;
+    return ms * 1000 + ms * 1000 / 32;
+}
+
+/* Adds two operations to a transaction: the own node is checked or, in leaving, deleted, and the
+ * lock's node gets a record. Moves *at behind the texts. */
+CRPCI_FN void crpci_lease_put(crpci_zk_multi *m, char **at, const crpci_lease *lease,
+                              const char *own, bool leaving, const char *record)
+{
+    zoo_op_t *op = &m->ops[m->count];
+    size_t size = strlen(record);
+    const char *text = crpci_operations_put(at, record, size + 1);
+    const char *path = crpci_operations_put(at, lease->path, strlen(lease->path) + 1);
+    own = crpci_operations_put(at, own, strlen(own) + 1);
+    if (leaving)
+        zoo_delete_op_init(op, own, -1);
+    else
+        zoo_check_op_init(op, own, -1);
+    zoo_set_op_init(op + 1, path, text, (int)size, leaving ? -1 : lease->version, NULL);
+    m->count += 2;
+}
+
+/* Room for the texts of crpci_lease_put. */
+CRPCI_FN size_t crpci_lease_room(const crpci_lease *lease, const char *own)
+{
+    return strlen(lease->path) + 2 * strlen(own) + 16;
+}
+
+/* The transaction by which a contender leaves whose record may be there. No version is expected:
+ * while its node exists nobody else has written. NULL: no record to free, or out of memory. */
+CRPCI_FN crpci_zk_multi *crpci_lease_leave(crpci_heap *h, const crpci_lease *lease, const char *own)
+{
+    crpci_zk_multi *m = NULL;
+    char *at;
+    if (lease->written)
+        m = crpci_zk_job_multi(h, 2, crpci_lease_room(lease, own), &at);
+    if (m)
+        crpci_lease_put(m, &at, lease, own, true, CRPCI_LEASE_FREE);
+    return m;
+}
+
+/* --- the keeper ------------------------------------------------------------------------------- */
+
+/* Chooses the leases of the next transaction: one that has to be tried alone, or all that are due
+ * and fit. Returns how many; *bytes: room for their texts. */
+CRPCI_FN size_t crpci_lease_choose(crpci_lease_keeper *k, size_t *bytes)
+{
+    int64_t now = crpci_zk_job_now(k->job.session), sent = crpci_lease_now(k->job.session);
+    size_t count = 0;
+    crpci_list *i;
+    bool full = false;
+    *bytes = 0;
+    for (i = k->leases.next; i != &k->leases; i = i->next) {
+        crpci_lease *lease = CRPCI_CONTAINER(i, crpci_lease, node);
+        lease->asked_us = 0;
+        if (lease->due_us > now || full || (count && lease->alone))
+            continue;
+        lease->asked_us = sent;
+        lease->written = true;
+        *bytes += crpci_lease_room(lease, lease->own);
+        full = lease->alone || *bytes > CRPCI_LEASE_BYTES;
+        count++;
+    }
+    return count;
+}
+
+/* When the next lease is due. */
+CRPCI_FN void crpci_lease_arm(crpci_lease_keeper *k)
+{
+    crpci_list *i;
+    k->job.due_us = INT64_MAX;
+    for (i = k->leases.next; i != &k->leases; i = i->next)
+        k->job.due_us = crpci_base_min64(k->job.due_us,
+                                         CRPCI_CONTAINER(i, crpci_lease, node)->due_us);
+}
+
+CRPCI_FN bool crpci_lease_order(crpci_zk_job *job, crpci_zk_order *o)
+{
+    crpci_lease_keeper *k = CRPCI_CONTAINER(job, crpci_lease_keeper, job);
+    size_t bytes, count = crpci_lease_choose(k, &bytes);
+    char *at, record[280];
+    crpci_zk_multi *m;
+    crpci_list *i;
+    if (!count) {
+        crpci_lease_arm(k);
+        return false;
+    }
+    m = crpci_zk_job_multi(job->session->heap, 2 * count, bytes, &at);
+    if (!m)
+        return false;
+    k->lease_ms = (int32_t)((int64_t)job->session->negotiated_ms * 3 / 8);
+    job->retry_us = (int64_t)job->session->negotiated_ms * 1000 / 32;
+    for (i = k->leases.next; i != &k->leases; i = i->next) {
+        const crpci_lease *lease = CRPCI_CONTAINER(i, crpci_lease, node);
+        if (!lease->asked_us)
+            continue;
+        snprintf(record, sizeof record, "%s, %d", strrchr(lease->own, '/') + 1, (int)k->lease_ms);
+        crpci_lease_put(m, &at, lease, lease->own, false, record);
+    }
+    o->verb = CRPCI_ZK_MULTI;
+    o->path = "";
+    o->multi = m;
+    return true;
+}
+
+/* The transaction was answered: tells each owner, or tries each alone. */
+CRPCI_FN void crpci_lease_answered(crpci_lease_keeper *k, const crpci_zk_request *q, int rc)
+{
+    int64_t lease_us = (int64_t)k->lease_ms * 1000;
+    int64_t eighth_us = (int64_t)k->job.session->negotiated_ms * 125;
+    bool several = q->order.multi->count > 2;
+    crpci_list *i, *next;
+    for (i = k->leases.next; i != &k->leases; i = next) {
+        crpci_lease *lease = CRPCI_CONTAINER(i, crpci_lease, node);
+        int64_t until = lease->asked_us + lease_us - lease_us / 64;
+        next = i->next;
+        if (!lease->asked_us)
+            continue;
+        lease->asked_us = 0;
+        lease->alone = rc != ZOK;
+        if (rc != ZOK && several) /* due still */
+            continue;
+        lease->due_us = q->sent_us + eighth_us;
+        if (rc == ZOK)
+            lease->version = (int32_t)((uint32_t)lease->version + 1u);
+        lease->answer(lease, rc, until);
+    }
+    crpci_lease_arm(k);
+}
+
+CRPCI_FN void crpci_lease_event(crpci_zk_job *job, crpci_zk_event event, const crpci_zk_request *q,
+                                const crpci_zk_answer *a)
+{
+    crpci_lease_keeper *k = CRPCI_CONTAINER(job, crpci_lease_keeper, job);
+    crpci_list *i;
+    if (event == CRPCI_ZK_ANSWERED) {
+        crpci_lease_answered(k, q, a->rc);
+    } else if (event == CRPCI_ZK_RESUMED) { /* what is held must be renewed; versions are unknown */
+        for (i = k->leases.next; i != &k->leases; i = i->next) {
+            crpci_lease *lease = CRPCI_CONTAINER(i, crpci_lease, node);
+            lease->due_us = lease->until_us ? 0 : lease->due_us;
+        }
+        crpci_lease_arm(k);
+    }
+}
+
+static const crpci_zk_work crpci_lease_work = {crpci_lease_order, crpci_lease_event, NULL};
+
+CRPCI_FN void crpci_lease_free(void *holder)
+{
+    crpci_lease_keeper *k = (crpci_lease_keeper *)holder;
+    crpci_heap_free(k->job.session->heap, k, sizeof *k);
+}
+
+/* The session's keeper. NULL: it has none. */
+CRPCI_FN crpci_lease_keeper *crpci_lease_find(crpci_zk_session *s)
+{
+    crpci_list *i;
+    for (i = s->jobs.next; i != &s->jobs; i = i->next) {
+        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
+        if (job->work == &crpci_lease_work)
+            return CRPCI_CONTAINER(job, crpci_lease_keeper, job);
+    }
+    return NULL;
+}
+
+/* --- for owners ------------------------------------------------------------------------------- */
+
+/* Makes sure that the session has a keeper. False: out of memory. */
+CRPCI_FN bool crpci_lease_prepare(crpci_zk_session *s)
+{
+    crpci_lease_keeper *k = crpci_lease_find(s);
+    if (k)
+        return true;
+    k = (crpci_lease_keeper *)crpci_heap_alloc(s->heap, sizeof *k);
+    if (!k)
+        return false;
+    crpci_list_init(&k->leases);
+    crpci_zk_job_add(&k->job, &crpci_lease_work, s, INT64_MAX, k, crpci_lease_free);
+    return true;
+}
+
+/* The record is written in `us` microseconds, as its first or its next version. The caller kicks
+ * the session. */
+CRPCI_FN void crpci_lease_ask(crpci_zk_session *s, crpci_lease *lease, const char *own,
+                              int32_t version, int64_t us)
+{
+    crpci_lease_keeper *k = crpci_lease_find(s);
+    if (!k) /* the session closes */
+        return;
+    lease->own = own;
+    lease->version = version;
+    lease->due_us = crpci_zk_job_now(s) + us;
+    if (crpci_list_empty(&lease->node))
+        crpci_list_append(&k->leases, &lease->node);
+    if (!k->job.sent)
+        crpci_lease_arm(k);
+}
+
+/* Neither held nor wanted any more. */
+CRPCI_FN void crpci_lease_end(crpci_lease *lease)
+{
+    crpci_list_remove(&lease->node);
+    lease->asked_us = lease->until_us = 0;
+    lease->alone = false;
+}
+#endif /* CRPC_ENABLE_ZOOKEEPER */
+
+/* ======================================================================== */
 /* >>impl-queue   locks and elections                                        */
 /* ======================================================================== */
 
@@ -16784,12 +17160,8 @@ CRPC_API void crpc_config_unwatch(crpc_registry *r, crpc_id id)
  * The name carries an id, by which a contender finds its node again if the create got no answer.
  * (These are Apache ZooKeeper's recipes with the protection and the node names of Curator.)
  *
- * A holder has a lease. A server ends a session after it has heard nothing for the session's
- * timeout, and an answered request reached the server after it was sent. So an answered check of
- * the own node, made every quarter of the timeout, proves that the session lives for one timeout
- * from the moment of sending; the lease is that less a tenth. When it expires, this process gives
- * the lock up before another process can get it. If the session turns out to be alive, its node is
- * removed all the same.
+ * A holder has a lease (impl-lease). When it expires, this process gives the lock up before another
+ * process can get it. If the session turns out to be alive, its node is removed all the same.
  *
  *     OUT    not in the queue             acquire, or the election opens       -> ENTER
  *     ENTER  the node is being made       it is owned                          -> LOOK
@@ -16797,18 +17169,26 @@ CRPC_API void crpc_config_unwatch(crpc_registry *r, crpc_id id)
  *                                         one is                               -> WAIT, or OUT if
  *                                                                              only tried
  *     WAIT   the one before is watched    that is gone                         -> LOOK
- *     FIRST  the own node is checked      it is there                          -> HELD
- *     HELD   until lease_us               the node, the session or the lease   -> OUT; of an
+ *     FIRST  the own node is checked      it is there: its token is known      -> READ
+ *     READ   the lock's record is read    it was read                          -> CLAIM, or OUT if
+ *                                                                              only tried and not
+ *                                                                              free
+ *     CLAIM  the lease of the record is   the own record is written            -> HELD
+ *            waited out, then the own     somebody else has written            -> READ
+ *            record is written
+ *     HELD   until the lease ends         the node, the session or the lease   -> OUT; of an
  *                                         is gone                              election ENTER
  *
- * From LOOK, WAIT and FIRST the loss of the node or the session leads to ENTER. Release, close, the
- * end of the time to wait, and for a lock also an error of the registry lead to OUT. */
+ * From LOOK to CLAIM the loss of the node or the session leads to ENTER. Release, close, the end of
+ * the time to wait, and for a lock also an error of the registry before it is held lead to OUT. */
 typedef enum crpci_queue_state {
     CRPCI_QUEUE_OUT,
     CRPCI_QUEUE_ENTER,
     CRPCI_QUEUE_LOOK,
     CRPCI_QUEUE_WAIT,
     CRPCI_QUEUE_FIRST,
+    CRPCI_QUEUE_READ,
+    CRPCI_QUEUE_CLAIM,
     CRPCI_QUEUE_HELD
 } crpci_queue_state;
 
@@ -16824,15 +17204,17 @@ typedef enum crpci_queue_told {
 typedef struct crpci_queue_place {
     crpci_item item;
     crpci_zk_own own;
-    crpci_zk_watch list;   /* lists the directory */
+    crpci_lease lease;     /* its record is the content of the directory */
+    crpci_zk_watch reader; /* reads the directory: its names or its content */
     crpci_zk_watch before; /* waits for the end of the node before the own one */
     crpci_queue_state state;
     crpci_queue_told told;
     bool once;   /* the attempt fails unless the lock is free now */
+    bool warned; /* it was logged that the record cannot be written */
     int outcome; /* why the attempt failed; 0: it has not */
     int64_t told_token;
-    int64_t token;    /* HELD: the fencing token, which is the node's creation zxid */
-    int64_t lease_us; /* HELD: when the lease expires, on the loop's clock */
+    int64_t token; /* from READ on: the fencing token, which is the node's creation zxid */
+    int64_t most;  /* the largest token so far */
     char *dir;
     char *who; /* content of the node: the holder's description */
     size_t who_size;
@@ -16848,19 +17230,26 @@ struct crpc_election {
     crpci_queue_place place;
 };
 
-/* Reads the queue. */
-CRPCI_FN void crpci_queue_look(crpci_queue_place *q)
+/* Reads the queue, or the lock's record. */
+CRPCI_FN void crpci_queue_read(crpci_queue_place *q, crpci_queue_state state)
 {
-    q->state = CRPCI_QUEUE_LOOK;
-    crpci_zk_node_watch_again(&q->list);
+    q->state = state;
+    q->reader.kind =
+        state == CRPCI_QUEUE_LOOK ? CRPCI_ZK_WATCH_CHILDREN_ONCE : CRPCI_ZK_WATCH_DATA_ONCE;
+    crpci_zk_node_watch_again(&q->reader);
+}
+
+CRPCI_FN const char *crpci_queue_what(const crpci_queue_place *q)
+{
+    return q->on_lock ? "lock" : "election";
 }
 
 /* Enters another state, forgets what was read of the queue, and changes the wish for the node. */
 CRPCI_FN void crpci_queue_to(crpci_queue_place *q, crpci_queue_state state, crpci_zk_wish wish)
 {
     q->state = state;
-    q->own.check_us = CRPCI_ZK_NODE_CHECK_US;
-    crpci_zk_node_watch_stop(&q->list);
+    crpci_lease_end(&q->lease);
+    crpci_zk_node_watch_stop(&q->reader);
     crpci_zk_node_watch_stop(&q->before);
     crpci_zk_node_own_want(&q->own, wish);
 }
@@ -16876,29 +17265,47 @@ CRPCI_FN void crpci_queue_out(crpci_queue_place *q, int status)
     crpci_agreement_ready(&q->item);
 }
 
-/* No longer held. An existing node is removed before an election queues again. */
-CRPCI_FN void crpci_queue_lose(crpci_queue_place *q)
+/* No longer held. An existing node is removed before an election queues again. The record stays if
+ * the lease is not over: the program may have asked for it a moment ago, and count on it. */
+CRPCI_FN void crpci_queue_lose(crpci_queue_place *q, bool over)
 {
+    q->lease.written = q->lease.written && over;
     crpci_queue_out(q, CRPC_EGONE); /* for an attempt whose success was not reported yet */
     if (q->on_election && q->told != CRPCI_QUEUE_CLOSED)
         crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_AFRESH);
 }
 
-/* The lease has expired, or the time to wait in the queue is over. */
+/* Time left of the lease; 0: not held. Locked. */
+CRPCI_FN int64_t crpci_queue_left(const crpci_queue_place *q)
+{
+    int64_t left = q->lease.until_us - crpci_lease_now(q->item.session);
+    return q->state == CRPCI_QUEUE_HELD && left > 0 ? left : 0;
+}
+
+/* Gives up a lock whose lease is over. */
+CRPCI_FN void crpci_queue_expire(crpci_queue_place *q)
+{
+    if (q->state != CRPCI_QUEUE_HELD || crpci_queue_left(q))
+        return;
+    crpci_heap_log(q->item.session->heap, CRPC_LOG_WARN,
+                   "%s %s: lease expired without an answer from zookeeper://%s; given up",
+                   crpci_queue_what(q), q->dir, q->item.session->authority);
+    crpci_queue_lose(q, true);
+}
+
+/* The lease has expired, or the time to wait in the queue is over. The timer's clock stands still
+ * while the host sleeps, and may be behind that of the lease. */
 CRPCI_FN void crpci_queue_timer(crpc_loop *l, crpci_timer *timer)
 {
     crpci_item *item = CRPCI_CONTAINER(timer, crpci_item, timer);
     crpci_queue_place *q = CRPCI_CONTAINER(item, crpci_queue_place, item);
     crpci_zk_session *s = item->session;
-    (void)l;
-    if (q->state == CRPCI_QUEUE_HELD) {
-        crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                       "%s %s: lease expired without an answer from zookeeper://%s; given up",
-                       q->on_lock ? "lock" : "election", q->dir, s->authority);
-        crpci_queue_lose(q);
-    } else {
+    if (crpci_queue_left(q))
+        crpci_loop_timer_set(l, timer, crpci_queue_left(q));
+    else if (q->state == CRPCI_QUEUE_HELD)
+        crpci_queue_expire(q);
+    else
         crpci_queue_out(q, s->phase == CRPCI_ZK_CONNECTED ? CRPC_ETIMEDOUT : CRPC_ECONN);
-    }
     crpci_zk_session_soon(s);
 }
 
@@ -16910,6 +17317,7 @@ CRPCI_FN char *crpci_queue_name(crpci_zk_own *own)
     crpci_zk_session *s = own->job.session;
     uint64_t id = (uint64_t)s->id;
     uint32_t now = (uint32_t)crpci_zk_job_now(s);
+    CRPCI_CONTAINER(own, crpci_queue_place, own)->lease.written = false;
     char name[48 + sizeof CRPCI_AGREEMENT_MARK];
     snprintf(name, sizeof name, "_c_%08x-%04x-%04x-%04x-%04x%08x%s", (unsigned)(id >> 32),
              (unsigned)(id >> 16 & 0xffff), (unsigned)(id & 0xffff), (unsigned)(now >> 16),
@@ -16917,34 +17325,39 @@ CRPCI_FN char *crpci_queue_name(crpci_zk_own *own)
     return crpci_zk_node_join(s->heap, own->dir, name);
 }
 
-/* The own node is the first, and existed when the check was sent: the lock is held, or its lease is
- * extended. */
-CRPCI_FN void crpci_queue_grant(crpci_queue_place *q, int64_t sent_us, const struct Stat *stat)
+/* The transaction that removes the own node and frees the lock's record. */
+CRPCI_FN crpci_zk_multi *crpci_queue_leave(crpci_zk_own *own)
 {
-    crpci_zk_session *s = q->item.session;
-    int64_t until = sent_us + (int64_t)s->negotiated_ms * 900, now = crpci_zk_job_now(s);
-    if (until <= now)
-        return;
-    q->lease_us = until;
-    crpci_loop_timer_set(s->loop, &q->item.timer, until - now);
-    if (q->state == CRPCI_QUEUE_HELD)
-        return;
-    q->state = CRPCI_QUEUE_HELD;
-    q->token = stat->czxid;
-    crpci_agreement_ready(&q->item);
+    crpci_queue_place *q = CRPCI_CONTAINER(own, crpci_queue_place, own);
+    return crpci_lease_leave(own->job.session->heap, &q->lease, own->path);
+}
+
+/* The own node is the first of the queue, and its token is known. */
+CRPCI_FN void crpci_queue_first(crpci_queue_place *q, int64_t token)
+{
+    if (token < q->most)
+        crpci_heap_log(q->item.session->heap, CRPC_LOG_WARN,
+                       "%s %s: token %lld comes after the larger %lld: ZooKeeper's data are older "
+                       "than they were; what compares tokens must be told to begin anew",
+                       crpci_queue_what(q), q->dir, (long long)token, (long long)q->most);
+    q->token = token;
+    q->most = token > q->most ? token : q->most;
+    crpci_queue_read(q, CRPCI_QUEUE_READ);
 }
 
 CRPCI_FN void crpci_queue_owned(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat,
                                 bool news)
 {
     crpci_queue_place *q = CRPCI_CONTAINER(own, crpci_queue_place, own);
+    (void)sent_us;
     (void)news;
     if (q->state == CRPCI_QUEUE_ENTER)
-        crpci_queue_look(q);
-    else if (stat && q->state >= CRPCI_QUEUE_FIRST)
-        crpci_queue_grant(q, sent_us, stat);
+        crpci_queue_read(q, CRPCI_QUEUE_LOOK);
+    else if (stat && q->state == CRPCI_QUEUE_FIRST)
+        crpci_queue_first(q, stat->czxid);
 }
 
+/* Other codes than the first two are no reason to give away what is held: its lease decides. */
 CRPCI_FN void crpci_queue_lost(crpci_zk_own *own, int rc)
 {
     crpci_queue_place *q = CRPCI_CONTAINER(own, crpci_queue_place, own);
@@ -16952,35 +17365,92 @@ CRPCI_FN void crpci_queue_lost(crpci_zk_own *own, int rc)
     if (rc == ZNONODE)
         crpci_heap_log(q->item.session->heap, CRPC_LOG_WARN,
                        "%s %s: another client removed this process's node; the place is lost",
-                       q->on_lock ? "lock" : "election", q->dir);
-    if (q->state == CRPCI_QUEUE_HELD && gone)
-        crpci_queue_lose(q);
+                       crpci_queue_what(q), q->dir);
+    if (gone && q->state == CRPCI_QUEUE_HELD)
+        crpci_queue_lose(q, false);
     else if (gone)
-        crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_WANTED);
-    else if (q->on_lock)
+        crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_AFRESH);
+    else if (q->on_lock && q->state != CRPCI_QUEUE_HELD)
         crpci_queue_out(q, crpci_agreement_status(rc));
+}
+
+/* --- the lease -------------------------------------------------------------------------------- */
+
+/* The lock's record was read. While this place holds, nobody else may have written one. */
+CRPCI_FN void crpci_queue_on_record(crpci_queue_place *q, const crpci_zk_answer *a)
+{
+    crpci_zk_session *s = q->item.session;
+    size_t size = a->text && a->size > 0 ? (size_t)a->size : 0;
+    int64_t wait = crpci_lease_wait(a->text, size, q->own.path);
+    if (q->state == CRPCI_QUEUE_READ && wait && q->once) {
+        crpci_queue_out(q, CRPC_ETIMEDOUT);
+        return;
+    }
+    if (q->state == CRPCI_QUEUE_HELD && wait) {
+        crpci_heap_log(s->heap, CRPC_LOG_ERROR,
+                       "%s %s: held here, and by %.*s (a node's name, and a lease in ms); given up",
+                       crpci_queue_what(q), q->dir, (int)size, a->text);
+        crpci_queue_lose(q, false);
+        return;
+    }
+    if (q->state == CRPCI_QUEUE_READ)
+        q->state = CRPCI_QUEUE_CLAIM;
+    crpci_lease_ask(s, &q->lease, q->own.path, a->stat->version, wait);
+}
+
+/* The lease is granted or renewed. One that was over in between is not renewed: the program may
+ * have seen that. */
+CRPCI_FN void crpci_queue_grant(crpci_queue_place *q, int64_t until_us)
+{
+    int64_t left = until_us - crpci_lease_now(q->item.session);
+    bool held = q->state == CRPCI_QUEUE_HELD;
+    crpci_queue_expire(q);
+    if (left <= 0 || (held && q->state != CRPCI_QUEUE_HELD))
+        return; /* over, or soon written again */
+    q->lease.until_us = until_us;
+    q->state = CRPCI_QUEUE_HELD;
+    q->warned = false;
+    crpci_loop_timer_set(q->item.session->loop, &q->item.timer, left);
+    if (!held)
+        crpci_agreement_ready(&q->item);
+}
+
+CRPCI_FN void crpci_queue_answer(crpci_lease *lease, int rc, int64_t until_us)
+{
+    crpci_queue_place *q = CRPCI_CONTAINER(lease, crpci_queue_place, lease);
+    bool held = q->state == CRPCI_QUEUE_HELD;
+    if (rc == ZOK) {
+        crpci_queue_grant(q, until_us);
+    } else if (rc == ZBADVERSION) { /* somebody has written, or a write of ours got no answer */
+        if (!held)
+            crpci_lease_end(lease);
+        crpci_queue_read(q, held ? CRPCI_QUEUE_HELD : CRPCI_QUEUE_READ);
+    } else if (rc == ZNONODE) {
+        crpci_zk_node_own_check(&q->own);
+    } else {
+        if (!q->warned)
+            crpci_heap_log(q->item.session->heap, CRPC_LOG_WARN,
+                           "%s %s: its node, which says who holds it, cannot be written: %s; %s",
+                           crpci_queue_what(q), q->dir, zerror(rc),
+                           q->on_lock && !held ? "not acquired" : "trying again");
+        q->warned = true;
+        if (q->on_lock && !held)
+            crpci_queue_out(q, crpci_agreement_status(rc));
+    }
 }
 
 /* --- the queue -------------------------------------------------------------------------------- */
 
-/* The queue was read: the place is the first, or it waits for the node before it. */
-CRPCI_FN bool crpci_queue_on_list(crpci_zk_watch *w, const crpci_zk_answer *a)
+/* The queue was read: the place is the first, or it waits for the node before it. False: out of
+ * memory. */
+CRPCI_FN bool crpci_queue_on_names(crpci_queue_place *q, const crpci_zk_answer *a)
 {
-    crpci_queue_place *q = CRPCI_CONTAINER(w, crpci_queue_place, list);
-    const char *before;
     size_t count;
     char *const *names = crpci_zk_node_names(a, &count);
-    if (q->state != CRPCI_QUEUE_LOOK || !q->own.path)
-        return true;
-    if (a->rc != ZOK && a->rc != ZNONODE) {
-        if (q->on_lock)
-            crpci_queue_out(q, crpci_agreement_status(a->rc));
-        return true;
-    }
-    before = crpci_agreement_pick(names, count, strrchr(q->own.path, '/') + 1);
+    const char *before = crpci_agreement_pick(names, count, strrchr(q->own.path, '/') + 1);
     if (!before) {
         q->state = CRPCI_QUEUE_FIRST;
-        crpci_zk_node_own_check(&q->own, (int64_t)q->item.session->negotiated_ms * 250);
+        crpci_zk_node_own_check(&q->own);
     } else if (q->once) {
         crpci_queue_out(q, CRPC_ETIMEDOUT);
     } else {
@@ -16992,13 +17462,33 @@ CRPCI_FN bool crpci_queue_on_list(crpci_zk_watch *w, const crpci_zk_answer *a)
     return true;
 }
 
+/* The directory was read, for its names or for its content. */
+CRPCI_FN bool crpci_queue_on_read(crpci_zk_watch *w, const crpci_zk_answer *a)
+{
+    crpci_queue_place *q = CRPCI_CONTAINER(w, crpci_queue_place, reader);
+    bool names = q->state == CRPCI_QUEUE_LOOK;
+    if ((!names && q->state < CRPCI_QUEUE_READ) || !q->own.path)
+        return true;
+    if (a->rc == ZNONODE && !names) { /* then the own node is gone too */
+        crpci_zk_node_own_check(&q->own);
+    } else if (a->rc != ZOK && a->rc != ZNONODE) {
+        if (q->on_lock && q->state != CRPCI_QUEUE_HELD)
+            crpci_queue_out(q, crpci_agreement_status(a->rc));
+    } else if (names) {
+        return crpci_queue_on_names(q, a);
+    } else {
+        crpci_queue_on_record(q, a);
+    }
+    return true;
+}
+
 /* The node before the own one was removed: it may have been a waiting contender, so the queue is
  * read again. */
 CRPCI_FN bool crpci_queue_on_before(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_queue_place *q = CRPCI_CONTAINER(w, crpci_queue_place, before);
     if (q->state == CRPCI_QUEUE_WAIT && a->rc == ZNONODE)
-        crpci_queue_look(q);
+        crpci_queue_read(q, CRPCI_QUEUE_LOOK);
     return true;
 }
 
@@ -17016,13 +17506,16 @@ CRPCI_FN void crpci_queue_say(crpci_queue_place *q, int status, int64_t token)
 }
 
 /* Reports a loss before the next success, even if both happened before the program's
- * callback ran. */
+ * callback ran. A lock whose lease is over by then is not reported as held. */
 CRPCI_FN void crpci_queue_tell(crpci_item *item)
 {
     crpci_queue_place *q = CRPCI_CONTAINER(item, crpci_queue_place, item);
     for (;;) {
-        bool held = q->state == CRPCI_QUEUE_HELD;
-        int status = q->outcome;
+        bool held;
+        int status;
+        crpci_queue_expire(q);
+        held = q->state == CRPCI_QUEUE_HELD;
+        status = q->outcome;
         if (q->told == CRPCI_QUEUE_LEADS && (!held || q->token != q->told_token)) {
             q->told = CRPCI_QUEUE_QUIET;
             crpci_queue_say(q, CRPC_EGONE, q->told_token);
@@ -17042,7 +17535,7 @@ CRPCI_FN void crpci_queue_tell(crpci_item *item)
 /* --- opening and closing ---------------------------------------------------------------------- */
 
 static const crpci_zk_owner crpci_queue_owner = {crpci_queue_name, crpci_queue_owned,
-                                                 crpci_queue_lost};
+                                                 crpci_queue_lost, crpci_queue_leave};
 
 CRPCI_FN void crpci_queue_free(crpci_item *item)
 {
@@ -17060,7 +17553,7 @@ CRPCI_FN void crpci_queue_end(crpci_item *item)
     item->refs++;
     crpci_queue_out(q, CRPC_ECANCELED);
     crpci_agreement_end(item);
-    crpci_zk_job_drop(&q->list.job);
+    crpci_zk_job_drop(&q->reader.job);
     crpci_zk_job_drop(&q->before.job);
     crpci_zk_node_own_want(&q->own, CRPCI_ZK_WISH_ENDED);
     crpci_zk_session_kick(item->session);
@@ -17071,25 +17564,27 @@ static const crpci_item_kind crpci_queue_kind = {sizeof(crpci_queue_place), true
                                                  crpci_queue_end, crpci_queue_free};
 
 /* A new place outside the queue, with a reference for the handle. Locked. */
-CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, void *user,
+CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *below, crpc_view who, void *user,
                              crpci_queue_place **out)
 {
     crpci_zk_session *s = r->session;
     crpci_heap *h = s->heap;
     crpci_queue_place *q;
-    char *list;
+    char *path;
     int err = crpci_agreement_need_owner(r);
     if (err)
         return err;
+    if (!crpci_lease_prepare(s))
+        return CRPC_ENOMEM;
     q = (crpci_queue_place *)crpci_agreement_new(r, &crpci_queue_kind, crpci_queue_timer, user);
     if (!q)
         return CRPC_ENOMEM;
-    q->dir = crpci_agreement_path(h, r->root, path);
-    list = crpci_agreement_path(h, r->root, path);
+    q->dir = crpci_agreement_path(h, r->root, below);
+    path = crpci_agreement_path(h, r->root, below);
     q->who_size = crpc_view_size(who) + 1; /* never 0: the heap has no empty blocks */
     q->who = (char *)crpci_heap_alloc(h, q->who_size);
-    if (!q->dir || !list || !q->who) {
-        crpci_heap_strfree(h, list);
+    if (!q->dir || !path || !q->who) {
+        crpci_heap_strfree(h, path);
         crpci_agreement_discard(&q->item);
         return CRPC_ENOMEM;
     }
@@ -17100,8 +17595,11 @@ CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, 
     q->own.sequential = q->own.unwatched = true;
     q->own.data = q->who;
     q->own.size = (int)q->who_size - 1;
-    crpci_zk_node_watch_init(&q->list, s, CRPCI_ZK_WATCH_CHILDREN_ONCE, list, crpci_queue_on_list,
-                             &q->item, crpci_agreement_unref);
+    crpci_list_init(&q->lease.node);
+    q->lease.path = q->dir;
+    q->lease.answer = crpci_queue_answer;
+    crpci_zk_node_watch_init(&q->reader, s, CRPCI_ZK_WATCH_CHILDREN_ONCE, path,
+                             crpci_queue_on_read, &q->item, crpci_agreement_unref);
     crpci_zk_node_watch_init(&q->before, s, CRPCI_ZK_WATCH_END, NULL, crpci_queue_on_before,
                              &q->item, crpci_agreement_unref);
     *out = q;
@@ -17146,9 +17644,9 @@ CRPCI_FN int64_t crpci_queue_lease(crpci_queue_place *q)
     crpci_zk_session *s = q->item.session;
     int64_t left;
     crpci_loop_lock(s->loop);
-    left = q->state == CRPCI_QUEUE_HELD ? q->lease_us - crpci_zk_job_now(s) : 0;
+    left = crpci_queue_left(q);
     crpci_loop_unlock(s->loop);
-    return left > 0 ? left : 0;
+    return left;
 }
 
 CRPC_API int crpc_lock_open(crpc_lock **lock, crpc_registry *r, const char *path, const char *who,
@@ -17239,7 +17737,7 @@ CRPC_API void crpc_election_resign(crpc_election *election)
     crpci_zk_session *s = q->item.session;
     crpci_loop_lock(s->loop);
     if (q->item.owner) {
-        crpci_queue_lose(q);
+        crpci_queue_lose(q, true);
         crpci_zk_session_kick(s);
     }
     crpci_loop_unlock(s->loop);

@@ -84,6 +84,8 @@ static void it_reads_numbers_of_ten_digits(void **state)
     }
     assert_true(crpci_agreement_number("a-lock-0000000001-lock-0000000002", &number));
     assert_int_equal(number, 2);
+    assert_true(crpci_agreement_number("5d3f__lock__0000000003", &number)); /* kazoo's */
+    assert_int_equal(number, 3);
     for (i = 0; i < sizeof bad / sizeof *bad; i++) {
         if (crpci_agreement_number(bad[i], &number))
             fail_msg("\"%s\" has number %d", bad[i], (int)number);

@@ -58,6 +58,7 @@ typedef struct fixture {
     int owned, news, lost, lost_rc, told, told_rc, released;
     size_t told_count;
     bool refuse; /* the value, for want of memory */
+    bool leaves; /* the owner orders a transaction for the removal */
 } fixture;
 
 static char *on_name(crpci_zk_own *own)
@@ -96,7 +97,14 @@ static void on_release(void *holder)
     ((fixture *)holder)->released++;
 }
 
-static const crpci_zk_owner owner = {on_name, on_owned, on_lost};
+static crpci_zk_multi *on_leave(crpci_zk_own *own)
+{
+    fixture *f = CRPCI_CONTAINER(own, fixture, own);
+    char *at;
+    return f->leaves ? crpci_zk_job_multi(f->s.heap, 2, 10, &at) : NULL;
+}
+
+static const crpci_zk_owner owner = {on_name, on_owned, on_lost, on_leave};
 
 static void begin(fixture *f, bool sequential)
 {
@@ -370,10 +378,66 @@ static void a_new_session_makes_a_new_node(void **state)
     want(&f, CRPCI_ZK_WISH_WANTED);
     made(&f, "/d/id-lock-0000000003");
     want(&f, CRPCI_ZK_WISH_ENDED);
-    crpci_zk_job_over(&f.s); /* gone with the session: nothing is left to do */
+    crpci_zk_job_over(&f.s); /* the session may have been given up, and live on */
+    assert_int_equal(f.released, 0);
+    own(&f, CRPCI_ZK_DELETE, "/d/id-lock-0000000003", ZNONODE, 0);
     assert_int_equal(f.released, 1);
     assert_int_equal(f.lost, 0);
     end(&f);
+}
+
+/* A session that was given up lives on at the server, and so does its node: it must not stand in
+ * front of the new one for a session timeout. */
+static void a_node_of_a_given_up_session_is_removed_first(void **state)
+{
+    fixture f;
+    (void)state;
+    begin(&f, true);
+    want(&f, CRPCI_ZK_WISH_WANTED);
+    made(&f, "/d/id-lock-0000000003");
+    crpci_zk_job_over(&f.s);
+    assert_int_equal(f.lost_rc, ZSESSIONEXPIRED);
+    happens(&f, &f.own.job, CRPCI_ZK_RENEWED);
+    f.s.id = SESSION + 1;
+    own(&f, CRPCI_ZK_DELETE, "/d/id-lock-0000000003", ZOK, 0);
+    made(&f, "/d/id-lock-0000000004");
+    assert_int_equal(f.news, 2);
+    end(&f);
+    begin(&f, true); /* nor one that a create without an answer may have made */
+    want(&f, CRPCI_ZK_WISH_WANTED);
+    own(&f, CRPCI_ZK_CREATE, "/d/id-lock-", ZCONNECTIONLOSS, 0);
+    crpci_zk_job_over(&f.s);
+    happens(&f, &f.own.job, CRPCI_ZK_RENEWED);
+    f.s.id = SESSION + 1;
+    find(&f, "id-lock-0000000003", NULL);
+    own(&f, CRPCI_ZK_DELETE, "/d/id-lock-0000000003", ZNONODE, 0);
+    find(&f, NULL, NULL);
+    made(&f, "/d/id-lock-0000000004");
+    assert_int_equal(f.news, 1);
+    end(&f);
+}
+
+/* A node can be removed together with something else; if that fails, it is removed alone. */
+static void a_node_leaves_by_its_owners_transaction(void **state)
+{
+    static const int codes[] = {ZOK, ZNONODE, ZCONNECTIONLOSS, ZNOAUTH};
+    size_t i;
+    (void)state;
+    for (i = 0; i < sizeof codes / sizeof *codes; i++) {
+        fixture f;
+        begin(&f, true);
+        f.leaves = true;
+        want(&f, CRPCI_ZK_WISH_WANTED);
+        made(&f, "/d/id-lock-0000000003");
+        want(&f, CRPCI_ZK_WISH_ENDED);
+        own(&f, CRPCI_ZK_MULTI, "/d/id-lock-0000000003", codes[i], 0);
+        if (codes[i] == ZCONNECTIONLOSS) /* it may have been executed, and is sent again */
+            own(&f, CRPCI_ZK_MULTI, "/d/id-lock-0000000003", ZNONODE, 0);
+        else if (codes[i] == ZNOAUTH)
+            own(&f, CRPCI_ZK_DELETE, "/d/id-lock-0000000003", ZOK, 0);
+        assert_int_equal(f.released, 1);
+        end(&f);
+    }
 }
 
 /* The address has changed: the node of the old one goes before there is one of the new. */
@@ -502,23 +566,28 @@ static void the_end_of_a_node_is_reported_once(void **state)
     (void)state;
     begin(&f, false);
     follow(&f, CRPCI_ZK_WATCH_END);
-    value(&f, CRPCI_ZK_GET, ZOK);
+    value(&f, CRPCI_ZK_LIST, ZOK);
     assert_int_equal(f.told, 0);
     happens(&f, &f.watch.job, CRPCI_ZK_CHANGED);
-    value(&f, CRPCI_ZK_GET, ZOK);
+    value(&f, CRPCI_ZK_LIST, ZOK);
     assert_int_equal(f.told, 0);
     happens(&f, &f.watch.job, CRPCI_ZK_REMOVED);
     assert_int_equal(f.told, 1);
     assert_int_equal(f.told_rc, ZNONODE);
     assert_true(f.watch.job.due_us == INT64_MAX);
     follow(&f, CRPCI_ZK_WATCH_END); /* gone before it could be watched */
-    value(&f, CRPCI_ZK_GET, ZNONODE);
+    value(&f, CRPCI_ZK_LIST, ZNONODE);
     assert_int_equal(f.told, 2);
     follow(&f, CRPCI_ZK_WATCH_CHILDREN_ONCE);
     value(&f, CRPCI_ZK_LIST, ZOK);
     assert_int_equal(f.told, 3);
     assert_true(f.watch.job.due_us == INT64_MAX);
     assert_null(f.watch.job.watched);
+    f.watch.kind = CRPCI_ZK_WATCH_DATA_ONCE; /* the same node, for its content */
+    crpci_zk_node_watch_again(&f.watch);
+    value(&f, CRPCI_ZK_GET, ZOK);
+    assert_int_equal(f.told, 4);
+    assert_true(f.watch.job.due_us == INT64_MAX);
     end(&f);
 }
 
@@ -534,6 +603,8 @@ int main(void)
         CT_TEST(an_unwanted_node_is_not_made_after_its_parent),
         CT_TEST(it_finds_its_node_by_the_id),
         CT_TEST(a_new_session_makes_a_new_node),
+        CT_TEST(a_node_of_a_given_up_session_is_removed_first),
+        CT_TEST(a_node_leaves_by_its_owners_transaction),
         CT_TEST(a_changed_address_makes_a_new_node),
         CT_TEST(a_refused_create_is_retried),
         CT_TEST(each_change_is_read),

@@ -40,6 +40,9 @@ def free_ports(count):
 
 class Server:
     """One server, with a directory and a port of its own."""
+    host = "127.0.0.1"
+    tick_ms = 200
+    prefix = ()     # of the command that starts it
 
     def __init__(self, directory, port, more="", number=None):
         self.directory, self.port, self.more, self.number = directory, port, more, number
@@ -52,21 +55,21 @@ class Server:
             with open(os.path.join(self.directory, "data", "myid"), "w") as f:
                 f.write("%d\n" % self.number)
         with open(os.path.join(self.directory, "zoo.cfg"), "w") as f:
-            f.write("tickTime=200\ndataDir=%s/data\nclientPort=%d\nclientPortAddress=127.0.0.1\n"
+            f.write("tickTime=%d\ndataDir=%s/data\nclientPort=%d\nclientPortAddress=%s\n"
                     "admin.enableServer=false\n4lw.commands.whitelist=*\nminSessionTimeout=400\n"
                     "maxSessionTimeout=60000\nmaxClientCnxns=0\n%s"
-                    % (self.directory, self.port, self.more))
+                    % (self.tick_ms, self.directory, self.port, self.host, self.more))
 
     def launch(self):
         with open(os.path.join(self.directory, "log"), "ab") as log:
-            self.process = subprocess.Popen([*JAVA, os.path.join(self.directory, "zoo.cfg")],
-                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                            preexec_fn=die_with_parent)
+            command = [*self.prefix, *JAVA, os.path.join(self.directory, "zoo.cfg")]
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log,
+                                            stderr=log, preexec_fn=die_with_parent)
 
     def mode(self):
         """standalone, leader or follower; None if it does not serve."""
         try:
-            with socket.create_connection(("127.0.0.1", self.port), 1) as s:
+            with socket.create_connection((self.host, self.port), 1) as s:
                 s.settimeout(1)
                 s.sendall(b"srvr")
                 answer = b""

@@ -604,7 +604,7 @@ static void it_moves_with_its_address(void **state)
     crpci_loop_unlock(a.loop);
     for (i = 0; i < LATE_MS / 50 && !side_has(&b, "[::1]:8000 "); i++) {
         crpci_loop_lock(a.loop); /* the check that finds it, early */
-        crpci_zk_node_own_check(&reg->own, reg->own.check_us);
+        crpci_zk_node_own_check(&reg->own);
         crpci_zk_session_kick(z);
         crpci_loop_unlock(a.loop);
         ct_sleep_ms(50);
