@@ -510,7 +510,9 @@
  * Choosing. A provider with weight 0 is chosen only if there is no other. A provider that
  * registered a warm-up time gets a share that grows during it, by Dubbo's formula. One that cannot
  * be connected rests for up to a second, with a random share of that; one that says it is stopping
- * rests for a second.
+ * rests for a second. One that answers CRPC_ELIMIT rests for some 15 ms, then gets one call at a
+ * time, up to a second apart, until it executes one. With lb=la other errors have the same effect:
+ * a provider that fails quickly has few calls in flight.
  *
  * Retries. All attempts of a call share its one deadline, and all retries of a channel share a
  * budget (retry_budget), so that a fleet that is down is not stormed. A backup request goes to one
@@ -680,7 +682,8 @@
  * longer how many there could have been. A call that a server refuses with CRPC_ELIMIT is tried at
  * another provider. An override that disables the last provider counts. A request with an id that
  * finds no free replay entry gets CRPC_ELIMIT in place of being executed unremembered, so that
- * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket.
+ * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket. A
+ * breaker counts CRPC_ELIMIT as a failure.
  *
  * What is new: wait=1, unix://@name, CRPC_ENABLE_POLICY, CRPC_ENABLE_TEXTS, CRPC_DEBUG,
  * crpc_channel_options_parse and crpc_server_options_parse. For servers that meet strangers
@@ -1532,9 +1535,9 @@ typedef struct crpc_method_options {
 } crpc_method_options;
 
 /* The breaker takes a provider whose calls fail out of the choice for a time, then lets one call
- * probe it, then gives its share back step by step. Timeouts and lost connections count as
- * failures, and an application's errors as successes; CRPC_ELIMIT and cancelled calls count as
- * neither. The keys have "breaker_" in front of the member's name. */
+ * probe it, then gives its share back step by step. Timeouts, lost connections and CRPC_ELIMIT
+ * count as failures, an application's errors as successes, cancelled calls as neither. The keys
+ * have "breaker_" in front of the member's name. */
 typedef struct crpc_breaker_options {
     int enabled;       /* key "breaker". 1: use it. 0: no. -1: no */
     int percent;       /* share of failed calls at which it opens. 0: 50. -1: as 0 */
@@ -7480,7 +7483,8 @@ CRPC_API void crpc_loop_stats_get(crpc_loop *l, crpc_loop_stats *stats)
 typedef enum crpci_outcome {
     CRPCI_OUTCOME_OK,
     CRPCI_OUTCOME_ERROR,
-    CRPCI_OUTCOME_IGNORE /* nothing: the attempt was cancelled, or refused over a limit */
+    CRPCI_OUTCOME_REFUSED, /* over a limit: a quick failure that shows no low latency */
+    CRPCI_OUTCOME_IGNORE   /* nothing: the attempt was cancelled */
 } crpci_outcome;
 
 /* A token bucket in the form of the generic cell rate algorithm (GCRA). It counts what was taken
@@ -18901,6 +18905,8 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
 #define CRPCI_PROVIDERS_REWEIGH 1000000 /* microseconds between new weights of warming providers */
 #define CRPCI_PROVIDERS_TRIED 4 /* providers that a retry avoids */
 #define CRPCI_PROVIDERS_STALE_REDIAL 60000000 /* microseconds between dials of a stale provider */
+#define CRPCI_PROVIDERS_REST_MIN 20000   /* microseconds; doubled by each refusal in a row */
+#define CRPCI_PROVIDERS_REST_MAX 1280000 /* as long as a stopping server rests */
 
 /* One provider of one channel. Lives while it is listed or an attempt uses it. */
 typedef struct crpci_member {
@@ -18914,6 +18920,9 @@ typedef struct crpci_member {
     uint32_t weight;  /* at the end of its warm-up; balance.weight is the present one */
     int64_t warmup_us; /* how long its weight grows; 0: it does not */
     int64_t since_us; /* when it began to serve, in the loop's time */
+    uint32_t refusals;  /* in a row; see crpci_providers_rest */
+    int64_t refused_us; /* when the last one came */
+    int64_t rest_at;    /* until then it is not chosen while another one can be */
 } crpci_member;
 
 typedef struct crpci_pending_call crpci_pending_call;
@@ -19192,13 +19201,44 @@ CRPCI_FN void crpci_providers_clear(crpci_providers *p)
 
 /* --- attempts --------------------------------------------------------------------------------- */
 
+/* A provider at its limit answers at once, so that every balancer would send it more calls than to
+ * those that work. After a refusal it rests, and then gets one call at a time until one succeeds:
+ * each refusal doubles the rest, which is random, so that not all clients come back together. */
+CRPCI_COLD void crpci_providers_rest(const crpci_providers *p, crpci_member *m, int64_t now)
+{
+    int64_t rest = crpci_base_min64((int64_t)CRPCI_PROVIDERS_REST_MIN << m->refusals,
+                                    CRPCI_PROVIDERS_REST_MAX) / 2;
+    m->rest_at = now + rest + (int64_t)(crpci_loop_random(p->loop) % (uint32_t)rest);
+}
+
+/* Lets a provider rest that has refused a call. Under least active one that fails has no calls in
+ * flight and would get them all, so it rests too. A success ends the rest. What began before the
+ * last refusal counts for nothing: it may have been refused together with that one. */
+CRPCI_COLD void crpci_providers_judge(const crpci_providers *p, crpci_member *m,
+                                      crpci_outcome outcome, int64_t began, int64_t now)
+{
+    if (began < m->refused_us) {
+        ;
+    } else if (outcome == CRPCI_OUTCOME_REFUSED ||
+               (outcome == CRPCI_OUTCOME_ERROR &&
+                crpci_balance_need(&p->balance, CRPCI_BALANCE_ACTIVE))) {
+        m->refused_us = now;
+        crpci_providers_rest(p, m, now);
+        m->refusals += m->refusals < 10;
+    } else if (outcome == CRPCI_OUTCOME_OK) {
+        m->refusals = 0;
+        m->rest_at = 0;
+    }
+}
+
 /* Tells balancer and breaker that an attempt on a provider begins, and takes a reference for it.
  * crpci_providers_end must follow exactly once. */
 CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t now)
 {
-    (void)now;
     m->refs++;
     crpci_balance_item_begin(&p->balance, &m->balance);
+    if (CRPCI_UNLIKELY(m->refusals))
+        crpci_providers_rest(p, m, now);
 #if CRPC_ENABLE_POLICY
     if (p->breaker.error_percent)
         crpci_breaker_begin(&m->breaker, &p->breaker, now);
@@ -19225,12 +19265,16 @@ CRPCI_FN void crpci_providers_end(crpci_providers *p, crpci_member *m, crpci_out
 {
     crpci_balance_item_end(
         &p->balance, &m->balance, outcome != CRPCI_OUTCOME_ERROR,
-        outcome == CRPCI_OUTCOME_IGNORE &&
-                latency < m->balance.latency >> CRPCI_BALANCE_LATENCY_BITS
+        outcome == CRPCI_OUTCOME_REFUSED ||
+                (outcome == CRPCI_OUTCOME_IGNORE &&
+                 latency < m->balance.latency >> CRPCI_BALANCE_LATENCY_BITS)
             ? -1 /* cut short: that says nothing about the provider's speed */
             : latency,
         now);
+    if (CRPCI_UNLIKELY(outcome != CRPCI_OUTCOME_OK || m->refusals))
+        crpci_providers_judge(p, m, outcome, now - latency, now);
 #if CRPC_ENABLE_POLICY
+    outcome = outcome == CRPCI_OUTCOME_REFUSED ? CRPCI_OUTCOME_ERROR : outcome;
     if (p->breaker.error_percent &&
         crpci_breaker_end(&m->breaker, &p->breaker, outcome, latency, now,
                           crpci_loop_random(p->loop)) &&
@@ -19281,12 +19325,18 @@ CRPCI_FN bool crpci_providers_has_tried(const crpci_choice *x, const crpci_endpo
     return x->group && x->providers->in_group(x->group, e);
 }
 
+/* When the backoff and the rest of a member are over. */
+CRPCI_FN int64_t crpci_providers_ready_at(const crpci_member *m)
+{
+    return m->endpoint->usable_at > m->rest_at ? m->endpoint->usable_at : m->rest_at;
+}
+
 /* Whether a member can be chosen now; the balancer asks. */
 CRPCI_FN bool crpci_providers_usable(void *user, size_t i)
 {
     const crpci_choice *x = (const crpci_choice *)user;
     const crpci_member *m = crpci_providers_at(x->providers, i);
-    if (m->endpoint->usable_at > x->now)
+    if (crpci_providers_ready_at(m) > x->now)
         return false;
 #if CRPC_ENABLE_POLICY
     if (x->strict && (crpci_breaker_open(&m->breaker, &x->providers->breaker, x->now) ||
@@ -19307,7 +19357,7 @@ CRPCI_COLD crpci_member *crpci_providers_last_resort(const crpci_choice *x)
     for (i = 0; i < p->count; i++) {
         crpci_member *m = crpci_providers_at(p, i);
         if (!crpci_providers_has_tried(x, m->endpoint) &&
-            (!best || m->endpoint->usable_at < best->endpoint->usable_at))
+            (!best || crpci_providers_ready_at(m) < crpci_providers_ready_at(best)))
             best = m;
     }
     return best;
@@ -19873,7 +19923,9 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     crpci_endpoint_detach(a);
     if (conn && a->request.identity == CRPCI_REQUEST_IDENTIFIED && !crpci_attempt_refused(code))
         crpci_attempt_bind(c, conn);
-    crpci_attempt_end(c, code == CRPC_ECONN ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
+    crpci_attempt_end(c, code == CRPC_ECONN    ? CRPCI_OUTCOME_ERROR
+                         : code == CRPC_ELIMIT ? CRPCI_OUTCOME_REFUSED
+                                               : CRPCI_OUTCOME_IGNORE);
     again = crpci_attempt_may_retry(c, code);
     if (!crpci_attempt_refused(code) && a->sent > c->before)
         c->before = a->sent;
@@ -19900,7 +19952,7 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
 }
 
 /* Judges the provider by a reply's status, for balancer and breaker: an application's error
- * shows a service that works; a refusal of this request says nothing about the next one. */
+ * shows a service that works; one about this request alone says nothing about the next. */
 CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
 {
     if (CRPCI_LIKELY(code == 0))
@@ -19911,6 +19963,8 @@ CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
     case CRPC_ETIMEDOUT:
     case CRPC_EOVERCROWDED:
         return CRPCI_OUTCOME_ERROR;
+    case CRPC_ELIMIT:
+        return CRPCI_OUTCOME_REFUSED;
     default:
         return crpci_status_reserved(code) ? CRPCI_OUTCOME_IGNORE : CRPCI_OUTCOME_OK;
     }
