@@ -1331,7 +1331,10 @@ typedef struct crpc_limits {
 
 /* How requests are written for peers that are not crpc. */
 typedef struct crpc_wire_options {
-    int inflight;    /* calls at a time on one connection. 0: no limit. -1: no limit */
+    /* Calls at a time on one connection. One that ends before its reply has come keeps its place
+     * until then; when all places are taken so, the connection is closed. 0: no limit. -1: no
+     * limit */
+    int inflight;
     int short_names; /* 1: send "Service" instead of "package.Service". 0: full names. -1: as 0 */
 } crpc_wire_options;
 
@@ -8814,6 +8817,7 @@ struct crpci_conn {
     const char *mark_value;
     uint32_t refs;
     uint32_t busy; /* accepted: requests being served. Dialled: requests that await a reply */
+    uint32_t late; /* dialled: slots of `busy` that calls have left whose replies are still due */
     uint32_t gone; /* atomic: the peer sends no more, or the connection is closed */
     int fd;
     int why;       /* crpc_status of the close */
@@ -18481,6 +18485,19 @@ CRPCI_FN void crpci_endpoint_detach(crpci_attempt *a)
     a->state = CRPCI_ATTEMPT_IDLE;
 }
 
+/* Keeps the slot of an attempt that was given up, and detached, after a part of it was sent, where
+ * requests in flight are limited: the peer still works on it. When the late reply comes the slot is
+ * free again. Closes a connection whose slots are all taken so. */
+CRPCI_COLD void crpci_endpoint_keep_slot(const crpci_endpoint *e, crpci_conn *c, int why)
+{
+    if (!e->options.inflight || c->parting || c->closed)
+        return;
+    c->busy++;
+    c->late++;
+    if (c->late >= e->options.inflight)
+        crpci_conn_close(c, why, 0);
+}
+
 /* Fails an attempt whose frame does not fit into the connection's queue. */
 CRPCI_COLD void crpci_endpoint_overcrowded(crpci_attempt *a)
 {
@@ -18588,8 +18605,13 @@ CRPCI_FN crpci_attempt *crpci_endpoint_match(crpci_conn *conn, const crpci_messa
     if (a && a->state == CRPCI_ATTEMPT_ACTIVE && a->conn == conn &&
         (!a->out || crpci_conn_out_begun(a->out)))
         return a;
-    if (m->id) /* replies to one-way calls carry 0 */
+    if (m->id) { /* replies to one-way calls carry 0 */
         conn->loop->stats.late_replies++;
+        if (conn->late) {
+            conn->late--;
+            conn->busy--;
+        }
+    }
     return NULL;
 }
 
@@ -18650,6 +18672,8 @@ CRPCI_COLD void crpci_endpoint_farewell(crpci_endpoint *e, crpci_conn *conn, boo
     if (conn->parting)
         return;
     conn->parting = CRPCI_CONN_LEAVES;
+    conn->busy -= conn->late; /* no request needs their slots any more */
+    conn->late = 0;
     e->conn = NULL;
     e->leaving++;
     crpci_endpoint_select(e, conn, true, &unsent);
@@ -18692,7 +18716,7 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
         e->usable_at = crpci_loop_now(e->loop) + CRPCI_ENDPOINT_BACKOFF_MAX;
     crpci_endpoint_detach(a);
     a->sent = CRPC_SENT_YES;
-    if (!m->usual && m->status == CRPC_EAUTH && !conn->busy)
+    if (!m->usual && m->status == CRPC_EAUTH && conn->busy == conn->late)
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
     if (!m->usual && m->unsupported && !m->status) {
         char cause[CRPC_ERROR_TEXT_MAX];
@@ -18708,8 +18732,10 @@ CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_message *
 {
     crpci_attempt *a = crpci_endpoint_match(conn, m);
     char cause[96];
-    if (!a)
+    if (!a) {
+        crpci_endpoint_serve_waiting((crpci_endpoint *)conn->owner);
         return;
+    }
     crpci_status_format(cause, sizeof cause, "reply of %llu bytes is over max_body, %u",
                         (unsigned long long)body, conn->max_body);
     a->sent = CRPC_SENT_YES;
@@ -19676,16 +19702,14 @@ CRPCI_FN void crpci_attempt_discard(crpci_pending_call *c)
 }
 
 /* Gives up the present attempt before its reply came. A peer that was sent the request still works
- * on it. With a limit of requests in flight the slot is still occupied then, and the late reply
- * could be taken for that of the next request: closes the connection. */
+ * on it. */
 CRPCI_FN void crpci_attempt_abandon(crpci_pending_call *c, int why)
 {
-    const crpci_endpoint *e = c->attempt.endpoint;
     crpci_conn *conn = c->attempt.state == CRPCI_ATTEMPT_ACTIVE ? c->attempt.conn : NULL;
     crpci_endpoint_detach(&c->attempt);
     crpci_attempt_end(c, why == CRPC_ETIMEDOUT ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
-    if (conn && e->options.inflight && c->attempt.sent != CRPC_SENT_NO)
-        crpci_conn_close(conn, why, 0);
+    if (conn && c->attempt.sent != CRPC_SENT_NO)
+        crpci_endpoint_keep_slot(c->attempt.endpoint, conn, why);
 }
 
 /* Ends the call, once, with a reply or a status: queues its callback, ends its caller's wait, or

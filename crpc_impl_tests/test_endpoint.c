@@ -790,6 +790,65 @@ static void a_timeout_closes_the_connection_of_such_a_peer(void **state)
     }
 }
 
+/* A script: keeps requests whose n is 13, and answers them before one whose n is 7. */
+static bool peer_keeps(peer *p, int fd, int number)
+{
+    int64_t kept[8];
+    int count = 0, i;
+    wire_message m;
+    (void)number;
+    while (peer_receive(p, fd, &m) == 1) {
+        wire w = {NULL, 0, 0};
+        if (m.n == 13 && count < 8)
+            kept[count++] = m.id;
+        for (i = 0; m.n == 7 && i < count; i++)
+            wire_reply(&w, kept[i], 14);
+        if (m.n != 13)
+            wire_reply(&w, m.id, m.n + 1);
+        count = m.n == 7 ? 0 : count;
+        wire_done(&m);
+        if (!wire_flush(fd, &w))
+            break;
+    }
+    return true;
+}
+
+/* A call that ends early keeps its slot until the late reply comes, and its neighbours their
+ * connection. When all slots are taken so, the connection is given up. */
+static void a_cancelled_call_leaves_its_neighbours_alone(void **state)
+{
+    enum { SLOTS = 3 };
+    peer keeps;
+    crpc_channel *ch;
+    crpc_id ids[SLOTS];
+    dyn_Num in = net_num(13), out = dyn_Num_init_zero;
+    int i;
+    (void)state;
+    peer_open(&keeps, peer_keeps, NULL);
+    ch = net_channel(keeps.url, "?timeout_ms=20000&inflight=3", CRPC_POLLER_DEFAULT, NULL, NULL);
+    for (i = 0; i < 2; i++)
+        assert_int_equal(dyn_Echo_Add_begin(ch, &in, &ids[i], NULL), CRPC_OK);
+    assert_true(CT_WAIT(peer_requests(&keeps) == 2, NET_PATIENCE));
+    assert_int_equal(crpc_channel_cancel(ch, ids[0]), CRPC_OK);
+    net_check_add(ch, 1); /* by the third slot */
+    net_check_add(ch, 7);
+    assert_int_equal(crpc_channel_wait(ch, ids[1], NET_PATIENCE), CRPC_OK);
+    assert_int_equal(dyn_Echo_Add_fetch(ch, ids[1], &out, NULL), CRPC_OK);
+    assert_int_equal(out.n, 14);
+    assert_int_equal(net_late_replies(ch), 1);
+    for (i = 0; i < SLOTS; i++) /* all slots are free again */
+        assert_int_equal(dyn_Echo_Add_begin(ch, &in, &ids[i], NULL), CRPC_OK);
+    assert_true(CT_WAIT(peer_requests(&keeps) == 4 + SLOTS, NET_PATIENCE));
+    assert_int_equal(peer_accepted(&keeps), 1);
+    for (i = 0; i < SLOTS; i++)
+        assert_int_equal(crpc_channel_cancel(ch, ids[i]), CRPC_OK);
+    net_check_add(ch, 7);
+    assert_int_equal(peer_accepted(&keeps), 2);
+    assert_int_equal(net_late_replies(ch), 1);
+    crpc_channel_close(ch);
+    peer_close(&keeps);
+}
+
 /* A call that waits for a slot is not sent, and its error says so. */
 static void what_waits_for_a_slot_is_not_sent(void **state)
 {
@@ -1176,6 +1235,7 @@ int main(void)
         CT_TEST(the_limit_of_the_queue_is_exact),
         CT_TEST(one_at_a_time_for_peers_that_cannot_pipeline),
         CT_TEST(a_timeout_closes_the_connection_of_such_a_peer),
+        CT_TEST(a_cancelled_call_leaves_its_neighbours_alone),
         CT_TEST(what_waits_for_a_slot_is_not_sent),
         CT_TEST(closing_with_calls_that_wait_for_a_slot),
         CT_TEST(an_idle_connection_that_ended_is_dialled_again),
