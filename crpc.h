@@ -9365,8 +9365,9 @@ CRPCI_COLD int64_t crpci_conn_stall_end(crpci_conn *c, int64_t now)
     return c->stalled_us + (int64_t)c->write_timeout_ms * 1000;
 }
 
-/* A send has failed. A dialled connection is read once more before it closes: a server that refuses
- * a request answers, and closes with the rest of it unread, which resets the connection. */
+/* A send has failed. A dialled connection is read to its end before it closes: it may hold replies,
+ * and a server that refuses a request answers, and closes with the rest of it unread, which resets
+ * the connection. */
 CRPCI_COLD void crpci_conn_break(crpci_conn *c, int system_error)
 {
     if (c->protocols || c->closed) { /* another thread may have closed it during the send */
@@ -10071,8 +10072,13 @@ CRPCI_FN void crpci_connect_resume_task(crpc_loop *l, crpci_task *task)
     crpci_conn_hold(c);
     if (!c->closed && crpci_receive_catch_up(c) && !c->closed && crpci_conn_has_unseen(c))
         crpci_connect_event(l, &c->watch, CRPC_READABLE);
-    if (c->broken && !c->left)
-        crpci_conn_close(c, CRPC_ECONN, c->broken);
+    if (CRPCI_UNLIKELY(c->broken) && !c->left && !c->closed) {
+        c->unread = crpci_conn_unread(c);
+        if (c->unread)
+            crpci_conn_read_on(c);
+        else
+            crpci_conn_close(c, CRPC_ECONN, c->broken);
+    }
     crpci_conn_drop(c);
 }
 
