@@ -6231,6 +6231,7 @@ struct crpc_loop {
     int64_t max_results;
     crpc_loop_stats stats;
     uint32_t lost; /* connections of channels that have ended, and dials that have failed */
+    int64_t starved_until; /* no dial is expected to succeed: descriptors, ports or memory ran out */
 };
 
 CRPCI_FN void crpci_loop_lock(crpc_loop *l)
@@ -18383,7 +18384,8 @@ struct crpci_endpoint {
     crpci_list waiting; /* attempts that wait for a connection or a slot */
     crpci_list active;  /* attempts on any of the connections */
     bool serving;      /* crpci_endpoint_serve_waiting is on the stack */
-    bool refused;      /* the last dial failed */
+    bool refused;      /* the last dial failed, because of the provider */
+    bool starved;      /* or because of this process, which had no descriptor, port or memory */
     crpci_timer timer; /* end of the backoff */
     int failures;      /* dials and connections since the last reply: doubles the backoff */
     int64_t usable_at; /* end of the backoff, also of that after CRPC_ELOGOFF; 0: usable now */
@@ -18440,6 +18442,12 @@ CRPCI_FN bool crpci_endpoint_is_dead(const crpci_endpoint *e)
 CRPCI_FN bool crpci_endpoint_is_proven(const crpci_endpoint *e)
 {
     return e->conn && !e->conn->connecting && !e->failures;
+}
+
+/* Whether there is a connection, and no need to dial. */
+CRPCI_FN bool crpci_endpoint_is_up(const crpci_endpoint *e)
+{
+    return e->conn && !e->conn->connecting;
 }
 
 /* Whether an attempt can be sent now. A connection that was idle may hold the server's farewell or
@@ -18775,6 +18783,28 @@ CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
 }
 
+/* Whether a dial failed for want of something that this process lacks. */
+CRPCI_COLD bool crpci_endpoint_is_own_fault(int why, int system_error)
+{
+    return why == CRPC_ENOMEM || system_error == EMFILE || system_error == ENFILE ||
+           system_error == ENOBUFS || system_error == ENOMEM || system_error == EADDRNOTAVAIL;
+}
+
+/* The present connection or dial has failed: notes why, and when to dial again. What this process
+ * lacks does not count against the provider, and no other dial of the loop would succeed now. */
+CRPCI_COLD void crpci_endpoint_miss(crpci_endpoint *e, bool connecting, int why, int system_error)
+{
+    e->conn = NULL;
+    e->last_errno = system_error;
+    e->starved = connecting && crpci_endpoint_is_own_fault(why, system_error);
+    e->refused = connecting && !e->starved;
+    if (e->starved)
+        e->loop->starved_until = e->usable_at =
+            crpci_loop_now(e->loop) + CRPCI_ENDPOINT_BACKOFF_MIN;
+    else if (connecting || e->failures)
+        crpci_endpoint_back_off(e);
+}
+
 /* A dial (`conn` is NULL if it failed at once) or a connection has failed, and no more comes of it:
  * fails its attempts. */
 CRPCI_FN void crpci_endpoint_fail(crpci_endpoint *e, const crpci_conn *conn, bool connecting,
@@ -18790,15 +18820,10 @@ CRPCI_FN void crpci_endpoint_fail(crpci_endpoint *e, const crpci_conn *conn, boo
                         connecting && why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
     e->refs++; /* a failing attempt drops its reference to the endpoint */
     e->loop->lost++;
-    if (conn == e->conn) {
-        e->last_errno = system_error;
-        e->refused = connecting;
-        if (connecting || e->failures)
-            crpci_endpoint_back_off(e);
-        e->conn = NULL;
-    } else {
+    if (conn == e->conn)
+        crpci_endpoint_miss(e, connecting, why, system_error);
+    else
         e->leaving--;
-    }
     crpci_endpoint_select(e, conn, false, &own);
     if (connecting) /* first the waiting ones: active ones that fail may join this list and stay */
         crpci_endpoint_fail_all(e, &e->waiting, cause);
@@ -19344,6 +19369,7 @@ typedef struct crpci_choice {
     int64_t now;
     uint32_t random; /* the same for the whole choice, because a member may be asked about twice */
     bool strict;     /* leave out what the breaker has ejected */
+    bool starved;    /* leave out what would have to be dialled: that could only fail */
 } crpci_choice;
 
 /* Whether the call has been to an endpoint, by itself or by one of its parts. */
@@ -19368,7 +19394,8 @@ CRPCI_FN bool crpci_providers_usable(void *user, size_t i)
 {
     const crpci_choice *x = (const crpci_choice *)user;
     const crpci_member *m = crpci_providers_at(x->providers, i);
-    if (crpci_providers_ready_at(m) > x->now)
+    if (crpci_providers_ready_at(m) > x->now ||
+        (CRPCI_UNLIKELY(x->starved) && !crpci_endpoint_is_up(m->endpoint)))
         return false;
 #if CRPC_ENABLE_POLICY
     if (x->strict && (crpci_breaker_open(&m->breaker, &x->providers->breaker, x->now) ||
@@ -19379,18 +19406,25 @@ CRPCI_FN bool crpci_providers_usable(void *user, size_t i)
     return !crpci_providers_has_tried(x, m->endpoint);
 }
 
-/* No member is usable now: chooses, among those not tried yet, the one whose backoff ends first.
- * The attempt then waits for it. NULL: all have been tried. */
+/* No member is usable now: chooses, among those not tried yet, the one whose backoff ends first,
+ * rather one that can be expected to connect. The attempt then waits for it. NULL: all have been
+ * tried. */
 CRPCI_COLD crpci_member *crpci_providers_last_resort(const crpci_choice *x)
 {
     const crpci_providers *p = x->providers;
     crpci_member *best = NULL;
+    bool shut, best_shut = false;
     size_t i;
     for (i = 0; i < p->count; i++) {
         crpci_member *m = crpci_providers_at(p, i);
-        if (!crpci_providers_has_tried(x, m->endpoint) &&
-            (!best || crpci_providers_ready_at(m) < crpci_providers_ready_at(best)))
+        if (crpci_providers_has_tried(x, m->endpoint))
+            continue;
+        shut = x->starved && !crpci_endpoint_is_up(m->endpoint);
+        if (!best || (best_shut && !shut) ||
+            (shut == best_shut && crpci_providers_ready_at(m) < crpci_providers_ready_at(best))) {
             best = m;
+            best_shut = shut;
+        }
     }
     return best;
 }
@@ -19430,6 +19464,7 @@ CRPCI_FN crpci_member *crpci_providers_pick(crpci_providers *p, const crpci_trie
                    : NULL;
     x.random = crpci_loop_random(p->loop);
     x.now = crpci_loop_rough_time(p->loop);
+    x.starved = x.now < p->loop->starved_until;
     key = key ? key : x.random;
 #if CRPC_ENABLE_POLICY
     x.strict = p->breaker.error_percent != 0;
@@ -19909,6 +19944,19 @@ CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool 
     return m;
 }
 
+/* A dial has failed for want of something that this process lacks. Chooses a provider that need not
+ * be dialled, beyond the attempts that the call may make. NULL: there is none. */
+CRPCI_COLD crpci_member *crpci_attempt_next_connected(crpci_pending_call *c)
+{
+    crpci_member *m;
+    c->tried.max_attempts++;
+    m = crpci_attempt_may_retry(c, CRPC_ECONN) ? crpci_attempt_next(c, CRPC_ECONN, false) : NULL;
+    if (m && crpci_endpoint_is_up(m->endpoint))
+        return m;
+    c->tried.max_attempts--;
+    return NULL;
+}
+
 /* Whether the retry budget lets an attempt on a member through. Free of charge are: what a server
  * refused unexecuted, a provider that has proven itself, a connection that had gone stale. */
 CRPCI_FN bool crpci_attempt_affordable(crpci_pending_call *c, const crpci_member *m, int code,
@@ -19946,17 +19994,17 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     crpc_channel *ch = c->channel;
     crpci_endpoint *e = a->endpoint;
     const crpci_conn *conn = a->state == CRPCI_ATTEMPT_ACTIVE ? a->conn : NULL;
-    bool again, stale = code == CRPC_ECONN && !e->refused;
+    bool starved = code == CRPC_ECONN && !conn && e->starved, again = starved;
+    bool stale = code == CRPC_ECONN && !e->refused && !starved;
     crpci_member *m;
     if (code == CRPC_EOVERCROWDED && !e->conn->tx_bytes)
         c->tried.max_attempts = c->tried.attempts; /* no queue can take it: a retry is useless */
     crpci_endpoint_detach(a);
     if (conn && a->request.identity == CRPCI_REQUEST_IDENTIFIED && !crpci_attempt_refused(code))
         crpci_attempt_bind(c, conn);
-    crpci_attempt_end(c, code == CRPC_ECONN    ? CRPCI_OUTCOME_ERROR
-                         : code == CRPC_ELIMIT ? CRPCI_OUTCOME_REFUSED
-                                               : CRPCI_OUTCOME_IGNORE);
-    again = crpci_attempt_may_retry(c, code);
+    crpci_attempt_end(c, code == CRPC_ECONN && !starved ? CRPCI_OUTCOME_ERROR
+                         : code == CRPC_ELIMIT          ? CRPCI_OUTCOME_REFUSED
+                                                        : CRPCI_OUTCOME_IGNORE);
     if (!crpci_attempt_refused(code) && a->sent > c->before)
         c->before = a->sent;
     crpci_attempt_explain(c, code, cause, "");
@@ -19967,7 +20015,11 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
 #endif
     stale = stale && (c->before == CRPC_SENT_NO ||
                       (c->method->method->flags & CRPC_METHOD_IDEMPOTENT));
-    m = again ? crpci_attempt_next(c, code, stale) : NULL;
+    m = starved ? crpci_attempt_next_connected(c) : NULL;
+    if (!m) {
+        again = crpci_attempt_may_retry(c, code);
+        m = again ? crpci_attempt_next(c, code, stale) : NULL;
+    }
     e->refs++; /* the next attempt may end the call, and with it the last reference */
     if (m && crpci_attempt_affordable(c, m, code, stale))
         crpci_attempt_start(c, m);

@@ -455,6 +455,58 @@ static void a_flood_of_changes_is_followed(void **state)
     }
 }
 
+/* The process has no descriptor left: calls go to the provider that is connected, whatever turn it
+ * is, and neither providers nor the retry budget are charged. */
+static void calls_go_to_connected_providers_when_descriptors_run_out(void **state)
+{
+    enum { PEERS = 4 };
+    static const char *const balancers[] = {"rr", "wrr", "random", "la", "p2c"};
+    size_t b;
+    (void)state;
+    for (b = 0; b < sizeof balancers / sizeof *balancers; b++) {
+        peer p[PEERS];
+        char list[200] = "list://", query[100];
+        crpc_channel *ch;
+        struct rlimit limit, none;
+        int i, free_fd;
+        for (i = 0; i < PEERS; i++) {
+            peer_open(&p[i], peer_adds, NULL);
+            snprintf(list + strlen(list), sizeof list - strlen(list), "%s127.0.0.1:%d",
+                     i ? "," : "", p[i].port);
+        }
+        snprintf(query, sizeof query, "?lb=%s&retries=-1&breaker=1&timeout_ms=20000", balancers[b]);
+        ch = net_channel(list, query, CRPC_POLLER_DEFAULT, NULL, NULL);
+        net_check_add(ch, 0);
+        assert_int_equal(getrlimit(RLIMIT_NOFILE, &limit), 0);
+        none = limit;
+        free_fd = dup(0);
+        close(free_fd);
+        none.rlim_cur = (rlim_t)free_fd;
+        assert_int_equal(setrlimit(RLIMIT_NOFILE, &none), 0);
+        for (i = 0; i < 40; i++) {
+            dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+            crpc_call call = CRPC_INIT;
+            int err = dyn_Echo_Add(ch, &in, &out, &call);
+            crpc_call_reset(&call);
+            if (err) {
+                setrlimit(RLIMIT_NOFILE, &limit);
+                fail_msg("%s, call %d: %s", balancers[b], i, call.error.text);
+            }
+        }
+        assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
+        assert_int_equal(ch->budget.tokens.tenths, ch->budget.tokens.most);
+        for (i = 0; i < PEERS; i++) {
+            const crpci_member *m = crpci_providers_at(&ch->providers, (size_t)i);
+            assert_int_equal(m->breaker.slices[m->breaker.slice & (CRPCI_BREAKER_SLICES - 1)].errors,
+                             0);
+            assert_false(crpci_endpoint_is_dead(m->endpoint));
+        }
+        crpc_channel_close(ch);
+        for (i = 0; i < PEERS; i++)
+            peer_close(&p[i]);
+    }
+}
+
 /* --- a provider that answers with errors at once, in a time that only the test moves ------------ */
 
 static int64_t crowd_now_us;
@@ -609,6 +661,7 @@ int main(void)
         CT_TEST(max_endpoints_of_a_url_are_chosen_again),
         CT_TEST(a_list_does_not_begin_a_warm_up_again),
         CT_TEST(a_flood_of_changes_is_followed),
+        CT_TEST(calls_go_to_connected_providers_when_descriptors_run_out),
         CT_TEST(a_provider_that_refuses_does_not_attract_calls),
         CT_TEST(a_provider_that_fails_at_once_does_not_attract_calls),
     };
