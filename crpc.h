@@ -6195,6 +6195,7 @@ struct crpc_loop {
     crpci_loop_end end;
     bool kicked;        /* the wake descriptor is readable, or the driver is about to drain it */
     bool skip_sleep;    /* the driver's own wait ended during this step: do not sleep */
+    bool timers_late; /* timers are due behind the events of this step */
     bool step_user;     /* the step that is under way runs user code */
     int64_t wake_at;    /* when the driver will wake by itself */
     int64_t foreign_at; /* when the foreign loop will */
@@ -6913,6 +6914,7 @@ typedef struct crpci_waiter {
     bool done;
 } crpci_waiter;
 
+#define CRPCI_DRIVE_LATE 5000  /* microseconds since the poller was asked: it is asked again first */
 #define CRPCI_DRIVE_AGE 500000 /* microseconds, twice which unneeded memory may be kept for reuse */
 
 /* An idle loop is woken twice, no more: by then it keeps little, and the step does not set the
@@ -6936,6 +6938,15 @@ CRPCI_FN int64_t crpci_drive_patience(crpc_loop *l, int64_t until, bool user)
     return at == INT64_MAX ? -1 : crpci_loop_left(l, at);
 }
 
+/* Timers are due: runs them. If the program's code has taken long since the poller was asked, the
+ * step reads what has come before it runs them, because what came in time is in time. */
+CRPCI_COLD void crpci_drive_timers(crpc_loop *l)
+{
+    l->timers_late = crpci_loop_time(l) - l->last_step > CRPCI_DRIVE_LATE;
+    if (!l->timers_late)
+        crpci_loop_run_timers(l);
+}
+
 /* P5: one step: timers and tasks, then flush, sleep in the poller, handle the events. `until`
  * (INT64_MAX: none) bounds the sleep; `user` allows user code, which the driver that is itself a
  * synchronous caller never runs (P8): the program's callbacks could wait for a lock that the caller
@@ -6948,7 +6959,8 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
     crpci_loop_assert_locked(l);
     l->step_user = user;
     l->skip_sleep = false;
-    crpci_loop_run_timers(l);
+    if (!crpci_loop_left(l, crpci_timer_next_us(&l->timers)))
+        crpci_drive_timers(l);
     crpci_loop_run_list(l, &l->resume);
     if (user)
         crpci_loop_run_ready(l);
@@ -6972,6 +6984,10 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
         crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, e.id);
         if (w)
             w->fn(l, w, e.events);
+    }
+    if (CRPCI_UNLIKELY(l->timers_late)) {
+        l->timers_late = false;
+        crpci_loop_run_timers(l);
     }
     if (user)
         crpci_loop_run_ready(l);
@@ -19292,10 +19308,9 @@ CRPCI_COLD void crpci_providers_judge(const crpci_providers *p, crpci_member *m,
  * crpci_providers_end must follow exactly once. */
 CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t now)
 {
+    (void)now;
     m->refs++;
     crpci_balance_item_begin(&p->balance, &m->balance);
-    if (CRPCI_UNLIKELY(m->refusals))
-        crpci_providers_rest(p, m, now);
 #if CRPC_ENABLE_POLICY
     if (p->breaker.error_percent)
         crpci_breaker_begin(&m->breaker, &p->breaker, now);
@@ -19328,7 +19343,7 @@ CRPCI_FN void crpci_providers_end(crpci_providers *p, crpci_member *m, crpci_out
             ? -1 /* cut short: that says nothing about the provider's speed */
             : latency,
         now);
-    if (CRPCI_UNLIKELY(outcome != CRPCI_OUTCOME_OK || m->refusals))
+    if (CRPCI_UNLIKELY((uint32_t)outcome | m->refusals)) /* CRPCI_OUTCOME_OK is 0 */
         crpci_providers_judge(p, m, outcome, now - latency, now);
 #if CRPC_ENABLE_POLICY
     outcome = outcome == CRPCI_OUTCOME_REFUSED ? CRPCI_OUTCOME_ERROR : outcome;
@@ -19454,6 +19469,7 @@ CRPCI_FN crpci_member *crpci_providers_pick(crpci_providers *p, const crpci_trie
                                             const crpci_group *group, uint64_t key)
 {
     crpci_choice x;
+    crpci_member *m;
     int i;
     x.providers = p;
     x.tried = tried;
@@ -19478,8 +19494,10 @@ CRPCI_FN crpci_member *crpci_providers_pick(crpci_providers *p, const crpci_trie
         x.strict = false;
         i = crpci_balance_pick(&p->balance, key, x.random, x.now, crpci_providers_usable, &x);
     }
-    return CRPCI_LIKELY(i >= 0) ? crpci_providers_at(p, (size_t)i)
-                                : crpci_providers_last_resort(&x);
+    m = CRPCI_LIKELY(i >= 0) ? crpci_providers_at(p, (size_t)i) : crpci_providers_last_resort(&x);
+    if (m && CRPCI_UNLIKELY(m->refusals)) /* one call at a time finds out whether it has room */
+        crpci_providers_rest(p, m, x.now);
+    return m;
 }
 
 #endif /* CRPC_ENABLE_CLIENT */
@@ -20682,13 +20700,19 @@ CRPCI_FN int64_t crpci_channel_deadline(const crpc_policy *policy, const crpc_ca
     return at;
 }
 
-/* Fills a pending call whose request is encoded, and lists it in the channel. */
+#define CRPCI_CHANNEL_ROUGH_MS 50 /* shorter timeouts do not bear the coarse clock's 1 to 10 ms */
+
+/* Fills a pending call whose request is encoded, and lists it in the channel. In a callback `start`
+ * comes from the coarse clock; a short timeout begins by the exact one. */
 CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
                                       const crpci_method *k, crpci_call_kind kind,
                                       const crpc_call *in, int64_t start)
 {
     crpci_attempt_init(c, ch, k, kind, start);
     crpci_request_apply_policy(&c->policy, &in->policy);
+    if (CRPCI_UNLIKELY(c->policy.timeout_ms <= CRPCI_CHANNEL_ROUGH_MS) &&
+        crpci_loop_in_callback(ch->loop))
+        start = c->start_us = crpci_loop_now(ch->loop);
     c->attempt.deadline_us = crpci_channel_deadline(&c->policy, in, start);
     if (CRPCI_UNLIKELY(c->policy.backup_ms && kind != CRPCI_CALL_NOTIFY &&
                        (k->method->flags & CRPC_METHOD_IDEMPOTENT)))
