@@ -8846,6 +8846,7 @@ struct crpci_conn {
                     * other reply is sent */
     bool is_crpc; /* accepted: the peer has said so, and understands a farewell */
     bool refused; /* accepted over max_connections, only to say so */
+    bool told;    /* dialled: a request that gets no reply was sent */
     bool shut;    /* further input is dropped */
     bool unread; /* input is waiting: it could not be read while another thread wrote */
     uint8_t parting;        /* crpci_conn_parting */
@@ -18782,8 +18783,10 @@ CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
         return;
     a->out = NULL;
     a->sent = CRPC_SENT_YES;
-    if (crpci_endpoint_unanswered(a))
+    if (crpci_endpoint_unanswered(a)) {
+        conn->told = true;
         a->endpoint->events->ended(a, CRPC_OK, NULL);
+    }
 }
 
 CRPCI_FN void crpci_endpoint_on_eof(crpci_conn *conn)
@@ -18806,10 +18809,19 @@ CRPCI_COLD bool crpci_endpoint_is_own_fault(int why, int system_error)
            system_error == ENOBUFS || system_error == ENOMEM || system_error == EADDRNOTAVAIL;
 }
 
+/* Whether a connection that has ended was as good as one that has brought a reply: the peer took
+ * one-way calls, read all of them (else the kernel would have reset it), and closed it. */
+CRPCI_COLD bool crpci_endpoint_took_all(const crpci_conn *c)
+{
+    return c && c->told && !c->tx_head && !c->why_errno && crpci_sock_unsent(c->fd) == 0;
+}
+
 /* The present connection or dial has failed: notes why, and when to dial again. What this process
  * lacks does not count against the provider, and no other dial of the loop would succeed now. */
 CRPCI_COLD void crpci_endpoint_miss(crpci_endpoint *e, bool connecting, int why, int system_error)
 {
+    if (crpci_endpoint_took_all(e->conn))
+        e->failures = 0;
     e->conn = NULL;
     e->last_errno = system_error;
     e->starved = connecting && crpci_endpoint_is_own_fault(why, system_error);

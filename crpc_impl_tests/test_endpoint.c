@@ -946,6 +946,35 @@ static uint32_t connections(crpc_loop *l)
     return stats.connections;
 }
 
+/* A peer that takes a one-way call and closes the connection when it is idle has not failed: the
+ * next call dials again at once. The time stands, so that no backoff would end. */
+static void one_way_calls_prove_a_connection(void **state)
+{
+    crpc_loop_options o = net_loop_options(CRPC_POLLER_DEFAULT);
+    peer takes;
+    crpc_loop *l;
+    crpc_channel *ch;
+    dyn_Num in = net_num(1);
+    int64_t end = ct_now_ms() + NET_PATIENCE;
+    int i;
+    (void)state;
+    net_time_begin(NET_TIME_STANDS);
+    o.hooks.clock_us = net_clock_us;
+    assert_int_equal(crpc_loop_open(&l, &o), CRPC_OK);
+    peer_open(&takes, peer_hangs_up, NULL);
+    ch = net_channel(takes.url, NULL, CRPC_POLLER_DEFAULT, l, NULL);
+    assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+    for (i = 1; i <= 20; i++) {
+        assert_int_equal(dyn_Echo_Add_notify(ch, &in, NULL), CRPC_OK);
+        while ((peer_requests(&takes) < i || connections(l)) && ct_now_ms() < end)
+            assert_int_equal(crpc_loop_step(l, 1), CRPC_OK);
+        assert_int_equal(peer_requests(&takes), i);
+    }
+    crpc_channel_close(ch);
+    crpc_loop_close(l);
+    peer_close(&takes);
+}
+
 static void an_idle_connection_that_ended_is_dialled_again(void **state)
 {
     crpc_poller p;
@@ -1238,6 +1267,7 @@ int main(void)
         CT_TEST(a_cancelled_call_leaves_its_neighbours_alone),
         CT_TEST(what_waits_for_a_slot_is_not_sent),
         CT_TEST(closing_with_calls_that_wait_for_a_slot),
+        CT_TEST(one_way_calls_prove_a_connection),
         CT_TEST(an_idle_connection_that_ended_is_dialled_again),
         CT_TEST(a_server_that_comes_back_is_found_again),
         CT_TEST(channels_of_a_loop_share_connections),
