@@ -445,7 +445,8 @@
  *     checksum_type          no                                other than 0: CRPC_EREQUEST
  *     request: log_id, trace_id, span_id, parent_span_id, timeout_ms (always); no request_id
  *
- * One connection to each provider carries all calls of a loop, and replies come in any order.
+ * One connection to each provider carries all calls of a loop, and replies come in any order. It is
+ * closed when a reply has begun to arrive and no byte of it comes for two seconds.
  * `inflight=1` is for peers that can answer only one request at a time. A service is found by its
  * full name ("package.Service"), else by its short name.
  *
@@ -18338,6 +18339,7 @@ CRPCI_FN int crpci_reply_decode(const crpci_reply *r, const crpci_method *k, int
 #define CRPCI_ENDPOINT_BACKOFF_MIN 50000   /* microseconds */
 #define CRPCI_ENDPOINT_BACKOFF_MAX 1000000 /* not longer than an ordinary call's deadline */
 #define CRPCI_ENDPOINT_IDLE        10000   /* microseconds; servers close only after more quiet */
+#define CRPCI_ENDPOINT_STALL_MS    2000    /* without a byte of a reply that has begun */
 
 /* Channels share an endpoint only if these are equal. */
 typedef struct crpci_endpoint_options {
@@ -18794,12 +18796,28 @@ CRPCI_FN void crpci_endpoint_on_eof(crpci_conn *conn)
     crpci_conn_close(conn, CRPC_ECONN, conn->broken);
 }
 
+/* A reply has begun to arrive. A peer that then sends nothing for a time would keep every later
+ * reply from coming: closes the connection, or sets the timer again. */
+CRPCI_COLD void crpci_endpoint_check_stall(crpci_conn *conn)
+{
+    int64_t now = crpci_loop_now(conn->loop);
+    int64_t moved = conn->paused ? now : conn->arrived_us;
+    if (!conn->rx && !conn->skip)
+        return;
+    if (now - moved >= CRPCI_ENDPOINT_STALL_MS * 1000)
+        crpci_conn_close(conn, CRPC_ETIMEDOUT, 0);
+    else
+        crpci_conn_timer_by(conn, moved + CRPCI_ENDPOINT_STALL_MS * 1000);
+}
+
 CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)
 {
     if (conn->connecting)
         crpci_conn_close(conn, CRPC_ETIMEDOUT, ETIMEDOUT);
     else if (conn->parting == CRPCI_CONN_SHUT)
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
+    else
+        crpci_endpoint_check_stall(conn);
 }
 
 /* Whether a dial failed for want of something that this process lacks. */
@@ -18844,7 +18862,9 @@ CRPCI_FN void crpci_endpoint_fail(crpci_endpoint *e, const crpci_conn *conn, boo
                         connecting ? "connecting: " : "connection lost: ",
                         why == CRPC_ECONN    ? crpci_conn_errno_text(system_error)
                         : why == CRPC_ENOMEM ? "out of memory"
-                                             : crpc_status_text(why),
+                        : why == CRPC_ETIMEDOUT && !connecting
+                            ? "the peer stalled in the middle of a reply"
+                            : crpc_status_text(why),
                         connecting && why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
     e->refs++; /* a failing attempt drops its reference to the endpoint */
     e->loop->lost++;
@@ -18894,6 +18914,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     }
     crpci_conn_hold(e->conn);
     e->conn->max_body = e->options.max_body;
+    e->conn->frame_timeout_ms = CRPCI_ENDPOINT_STALL_MS;
     e->conn->expect = crpc_view_of("", 0);
     e->conn->mark = e->options.protocol->mark ? CRPCI_MESSAGE_PEER_FIELD : NULL;
     e->conn->mark_value = "1";
