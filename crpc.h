@@ -250,7 +250,8 @@
  * `option idempotency_level = IDEMPOTENT;`) or its cluster policy sends it to several providers or
  * again (failback, forking, broadcast). crpc retries by itself in three cases: not a byte of the
  * request was sent; the server refused to execute it, because it is stopping (CRPC_ELOGOFF) or at a
- * limit (CRPC_ELIMIT); the connection was lost and the method is idempotent. Each retry goes to a
+ * limit (CRPC_ELIMIT); the connection was lost and the method is idempotent, or the channel says
+ * retry_lost=1, which means that its methods may be executed twice. Each retry goes to a
  * provider other than the last four that were tried. A request with an id (request_ids) is repeated
  * at its own provider instead, and a server with replay_entries executes it once, however often it
  * comes; one that has restarted since, or may have forgotten the request, answers CRPC_EREPEAT.
@@ -301,6 +302,7 @@
  *     connect_timeout_ms      500         0           1 to 86400000
  *     retry_budget            10          -1          1 and more
  *     request_ids             0           0           1
+ *     retry_lost              0           0           1
  *     breaker                 0           0           1
  *     breaker_percent         50          50          1 to 100
  *     breaker_requests        20          1           1 and more
@@ -1582,6 +1584,10 @@ typedef struct crpc_channel_options {
      * replies (crpc_server_options.replay_entries). A crpc server that does not, or was restarted,
      * answers CRPC_EREPEAT; others may execute the request twice. 0: no. -1: no */
     int request_ids;
+    /* 1: after a lost connection a request without an id goes to another provider, as if its method
+     * were idempotent: it may be executed twice. brpc's clients do so by default. 0: only requests
+     * of idempotent methods do. -1: as 0 */
+    int retry_lost;
     crpc_breaker_options breaker;
     /* --- groups that servers have too ----------------------------------- */
     crpc_directory_options directory; /* how providers are looked up in a registry */
@@ -19586,6 +19592,7 @@ struct crpc_channel {
     size_t interceptor_count;
 #if CRPC_ENABLE_POLICY
     struct {
+    bool retry_lost; /* requests without an id may be executed twice */
         bool limited; /* false: retry_budget=-1 */
         crpci_limiter_budget tokens;
     } budget; /* of retries */
@@ -19940,7 +19947,7 @@ CRPCI_FN void crpci_attempt_start(crpci_pending_call *c, crpci_member *m)
  * twice; and there are attempts, time and a request left. */
 CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
 {
-    bool twice = (c->method->method->flags & CRPC_METHOD_IDEMPOTENT) ||
+    bool twice = crpci_attempt_may_run_twice(c) ||
                  c->attempt.request.identity != CRPCI_REQUEST_ANONYMOUS;
     bool harmless = c->attempt.sent == CRPC_SENT_NO || crpci_attempt_refused(code) ||
                     (twice && code == CRPC_ECONN);
@@ -19948,6 +19955,13 @@ CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
            crpci_loop_rough_time(c->channel->loop) < c->attempt.deadline_us &&
            crpci_request_renew(&c->attempt.request, c->block);
 }
+/* Whether a request that may have been executed can go to any provider. */
+CRPCI_FN bool crpci_attempt_may_run_twice(const crpci_pending_call *c)
+{
+    return (c->method->method->flags & CRPC_METHOD_IDEMPOTENT) ||
+           (c->channel->retry_lost && c->attempt.request.identity == CRPCI_REQUEST_ANONYMOUS);
+}
+
 
 /* With wait=1: lets a call whose last attempt could not connect begin anew, at the provider whose
  * backoff ends first. False: the call ends. Endpoints bound the rate of dials, so such attempts are
@@ -19983,7 +19997,7 @@ CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool 
     crpci_member *m;
     /* The request may have been executed, and has an id: only the provider that it was sent to can
      * have kept the reply, so it goes there again; nowhere, if that provider refuses it. */
-    if (c->before != CRPC_SENT_NO && !(c->method->method->flags & CRPC_METHOD_IDEMPOTENT))
+    if (c->before != CRPC_SENT_NO && !crpci_attempt_may_run_twice(c))
         return crpci_attempt_refused(code)
                    ? NULL
                    : crpci_providers_of(&ch->providers, c->attempt.endpoint);
@@ -20064,8 +20078,7 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     ch->providers.choose_again =
         ch->providers.choose_again || (ch->providers.max && crpci_endpoint_is_dead(e));
 #endif
-    stale = stale && (c->before == CRPC_SENT_NO ||
-                      (c->method->method->flags & CRPC_METHOD_IDEMPOTENT));
+    stale = stale && (c->before == CRPC_SENT_NO || crpci_attempt_may_run_twice(c));
     m = starved ? crpci_attempt_next_connected(c) : NULL;
     if (!m) {
         again = crpci_attempt_may_retry(c, code);
@@ -21348,6 +21361,7 @@ static const crpci_option crpci_opening_rows[] = {
 static const crpci_options crpci_opening_options = {CRPCI_OPTIONS_OF(crpci_opening_rows)};
 
 CRPC_API int crpc_channel_options_parse(char *text, crpc_channel_options *options,
+    CRPCI_OPENING_FLAG(retry_lost, "retry_lost", 0),
                                         crpc_error *error)
 {
     crpci_options_target to[] = {{&crpci_opening_options, options, 0},
@@ -21560,6 +21574,7 @@ CRPCI_COLD int crpci_opening_item(crpci_snapshot *list, const char *text, crpc_e
            crpci_resolver_next(&rest, port, list->providers[list->count].address, CRPC_ADDRESS_MAX))
         list->count++;
     if (!err && list->count == from)
+    ch->retry_lost = o->retry_lost > 0;
         err = crpci_status_set(error, CRPC_ERESOLVE,
                                "\"%.80s\": the resolve hook gave no numeric address: \"%.80s\"",
                                text, names);

@@ -477,6 +477,36 @@ static void a_lost_request_is_tried_elsewhere_only_if_it_may_run_twice(void **st
     }
 }
 
+/* As brpc does by default: whoever sets it says that methods may run twice. A request with an id
+ * still goes to its own provider only. */
+static void with_retry_lost_every_lost_request_is_tried_elsewhere(void **state)
+{
+    static const char *const queries[] = {"?retry_lost=1&timeout_ms=20000",
+                                          "?retry_lost=1&request_ids=1&timeout_ms=20000",
+                                          "?timeout_ms=20000"};
+    int q, i;
+    (void)state;
+    for (q = 0; q < 3; q++) {
+        peer good, lost;
+        char list[128];
+        crpc_channel *ch;
+        int failed = 0;
+        peer_open(&good, peer_adds, NULL);
+        peer_open(&lost, peer_hangs_up, NULL);
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", lost.port, good.port);
+        ch = net_channel(list, queries[q], CRPC_POLLER_DEFAULT, NULL, NULL);
+        for (i = 0; i < 4; i++) {
+            dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+            failed += dyn_Echo_Add(ch, &in, &out, NULL) != CRPC_OK;
+        }
+        assert_true(peer_requests(&lost) >= 1);
+        assert_int_equal(failed != 0, q != 0);
+        crpc_channel_close(ch);
+        peer_close(&good);
+        peer_close(&lost);
+    }
+}
+
 static void an_unanswered_request_is_not_tried_elsewhere(void **state)
 {
     crpc_poller p;
@@ -1374,6 +1404,7 @@ int main(void)
         CT_TEST(an_unsent_request_is_tried_elsewhere),
         CT_TEST(a_refused_request_is_tried_elsewhere),
         CT_TEST(a_lost_request_is_tried_elsewhere_only_if_it_may_run_twice),
+        CT_TEST(with_retry_lost_every_lost_request_is_tried_elsewhere),
         CT_TEST(an_unanswered_request_is_not_tried_elsewhere),
         CT_TEST(when_all_servers_are_stopping_the_error_is_elogoff),
         CT_TEST(a_lost_reply_is_executed_once),
