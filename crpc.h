@@ -518,8 +518,8 @@
  * a provider that fails quickly has few calls in flight.
  *
  * Retries. All attempts of a call share its one deadline, and all retries of a channel share a
- * budget (retry_budget), so that a fleet that is down is not stormed. A backup request goes to one
- * more provider when an idempotent call has waited backup_ms; the first reply is used and later
+ * budget (retry_budget), so that a fleet that is down is not stormed. A backup request, within the
+ * same budget, goes to one more provider when an idempotent call has waited backup_ms; the first reply is used and later
  * ones are dropped. When a call has failed for good, the method's fallback stands for the reply.
  *
  * Programs may start in any order: with wait=1 a call that is made while no provider is known, or
@@ -1574,8 +1574,8 @@ typedef struct crpc_channel_options {
      * CRPC_ECONN. -1: as 0 */
     int wait;
     int connect_timeout_ms; /* of one connection attempt. 0: 500. -1: only the call's deadline */
-    /* Retries that the channel may make without a success in between. Each retry takes one from the
-     * budget, each success gives a tenth back, so that a fleet that is down is not stormed. Retries
+    /* Retries and backup requests that the channel may make without a success in between. Each
+     * takes one from the budget, each success gives a tenth back, so that a fleet that is down is not stormed. Retries
      * are free if the provider has replied over its present connection, after a stopping server's
      * refusal, and after a connection that had gone stale. 0: 10. -1: no limit */
     int retry_budget;
@@ -7584,10 +7584,15 @@ CRPCI_FN void crpci_limiter_budget_init(crpci_limiter_budget *b, uint32_t tokens
 
 CRPCI_FN bool crpci_limiter_budget_spend(crpci_limiter_budget *b)
 {
-    if (b->tenths < 10)
+    if (!crpci_limiter_budget_has(b))
         return false;
     b->tenths -= 10;
     return true;
+CRPCI_FN bool crpci_limiter_budget_has(const crpci_limiter_budget *b)
+{
+    return b->tenths >= 10;
+}
+
 }
 
 /* For a call that has succeeded. */
@@ -20566,21 +20571,27 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
     }
 }
 
-/* A backup request is due: asks one more provider, while the first attempt goes on. Without memory
- * or another provider, and if the call was not sent anywhere yet, nothing happens. */
+/* A backup request is due: asks one more provider, while the first attempt goes on. Without memory,
+ * another provider or a token of the retry budget, and if the call was not sent anywhere yet,
+ * nothing happens. */
 CRPCI_COLD void crpci_cluster_backup(crpci_pending_call *c)
 {
     c->backup_us = INT64_MAX;
     if (c->attempt.state == CRPCI_ATTEMPT_DONE || !c->attempt.endpoint)
         return;
     crpci_attempt_mark_tried(c);
-    if (crpci_cluster_branch(c, 1, false))
-        crpci_cluster_settle(c);
+    if (!crpci_cluster_branch(c, 1, false))
+        return;
+    if (ch->budget.limited)
+        crpci_limiter_budget_spend(&ch->budget.tokens);
+    crpci_cluster_settle(c);
 }
 
 /* --- failback --------------------------------------------------------------------------------- */
 
 /* Tells the program, through failback_dropped or the log, of a call that is given up; a task that
+    if (ch->budget.limited && !crpci_limiter_budget_has(&ch->budget.tokens))
+        return;
  * runs user code. */
 CRPCI_COLD void crpci_cluster_failback_dropped(crpc_loop *l, crpci_task *task)
 {
