@@ -18887,8 +18887,9 @@ CRPCI_FN void crpci_endpoint_fail(crpci_endpoint *e, const crpci_conn *conn, boo
     if (connecting) /* first the waiting ones: active ones that fail may join this list and stay */
         crpci_endpoint_fail_all(e, &e->waiting, cause);
     crpci_endpoint_fail_all(e, &own, cause);
-    if (!e->conn && !crpci_list_empty(&e->waiting)) /* these waited for a slot: dial for them */
-        crpci_endpoint_dial(e);
+    if (!e->conn && !crpci_list_empty(&e->waiting) && !e->timer.prev)
+        crpci_loop_timer_set(e->loop, &e->timer, 0); /* these waited for a slot: dial for them in
+                                                      * the next step, unless they end before */
     crpci_endpoint_drop(e);
 }
 

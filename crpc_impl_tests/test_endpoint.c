@@ -909,6 +909,30 @@ static void closing_with_calls_that_wait_for_a_slot(void **state)
     free(bytes);
 }
 
+/* The connection closes with the call that has its only slot; nobody is left for whom to dial. */
+static void closing_with_waiting_calls_dials_for_nobody(void **state)
+{
+    peer keeps;
+    crpc_channel *ch;
+    crpc_id ids[4];
+    dyn_Num in = net_num(13);
+    int i, fd;
+    (void)state;
+    peer_open(&keeps, peer_keeps, NULL);
+    ch = net_channel(keeps.url, "?timeout_ms=60000&inflight=1", CRPC_POLLER_DEFAULT, NULL, NULL);
+    net_check_add(ch, 1); /* no backoff holds up a dial */
+    for (i = 0; i < 4; i++)
+        assert_int_equal(dyn_Echo_Add_begin(ch, &in, &ids[i], NULL), CRPC_OK);
+    assert_true(CT_WAIT(peer_requests(&keeps) == 2, NET_PATIENCE));
+    crpc_channel_close(ch);
+    fd = wire_connect(keeps.url); /* the peer accepts this one behind all others */
+    net_send(fd, "Add", 1, "", 0, NULL);
+    assert_true(CT_WAIT(peer_requests(&keeps) == 3, NET_PATIENCE));
+    assert_int_equal(peer_accepted(&keeps), 2);
+    close(fd);
+    peer_close(&keeps);
+}
+
 /* A script: answers one request, then closes the idle connection, or resets it if user is set. */
 static bool peer_answers_once(peer *p, int fd, int number)
 {
@@ -1267,6 +1291,7 @@ int main(void)
         CT_TEST(a_cancelled_call_leaves_its_neighbours_alone),
         CT_TEST(what_waits_for_a_slot_is_not_sent),
         CT_TEST(closing_with_calls_that_wait_for_a_slot),
+        CT_TEST(closing_with_waiting_calls_dials_for_nobody),
         CT_TEST(one_way_calls_prove_a_connection),
         CT_TEST(an_idle_connection_that_ended_is_dialled_again),
         CT_TEST(a_server_that_comes_back_is_found_again),
