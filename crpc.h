@@ -6239,7 +6239,7 @@ struct crpc_loop {
     int64_t max_results;
     crpc_loop_stats stats;
     uint32_t lost; /* connections of channels that have ended, and dials that have failed */
-    int64_t starved_until; /* no dial is expected to succeed: descriptors, ports or memory ran out */
+    int64_t starved_until; /* no dial is expected to succeed: descriptors or ports ran out */
 };
 
 CRPCI_FN void crpci_loop_lock(crpc_loop *l)
@@ -6921,7 +6921,7 @@ typedef struct crpci_waiter {
     bool done;
 } crpci_waiter;
 
-#define CRPCI_DRIVE_LATE 5000  /* microseconds since the poller was asked: it is asked again first */
+#define CRPCI_DRIVE_LATE 5000 /* microseconds since the poller was asked: it is asked before timers */
 #define CRPCI_DRIVE_AGE 500000 /* microseconds, twice which unneeded memory may be kept for reuse */
 
 /* An idle loop is woken twice, no more: by then it keeps little, and the step does not set the
@@ -7097,6 +7097,14 @@ CRPCI_FN void crpci_drive_wait(crpc_loop *l, crpci_waiter *w, int64_t until, boo
     }
 }
 
+/* One step of a passive loop that nobody drives, without waiting and without user code. */
+CRPCI_FN void crpci_drive_once(crpc_loop *l)
+{
+    l->driver = CRPCI_LOOP_WORKING;
+    crpci_drive_step(l, 0, false);
+    crpci_drive_leave(l);
+}
+
 /* P10: a passive loop that was idle for 10 ms takes one step without waiting before it sends: a
  * connection that the peer closed meanwhile is found before a request is written into it. Back to
  * back, calls do without, and cost one send, one wait and one receive each. */
@@ -7105,9 +7113,7 @@ CRPCI_FN void crpci_drive_catch_up(crpc_loop *l)
     if (l->driver != CRPCI_LOOP_UNDRIVEN || l->mode != CRPCI_LOOP_PASSIVE ||
         crpci_loop_rough_time(l) - l->last_step < 10000)
         return;
-    l->driver = CRPCI_LOOP_WORKING;
-    crpci_drive_step(l, 0, false);
-    crpci_drive_leave(l);
+    crpci_drive_once(l);
 }
 
 /* --- owners ----------------------------------------------------------------------------------- */
@@ -7582,17 +7588,17 @@ CRPCI_FN void crpci_limiter_budget_init(crpci_limiter_budget *b, uint32_t tokens
     b->earn = earn_tenths;
 }
 
+CRPCI_FN bool crpci_limiter_budget_has(const crpci_limiter_budget *b)
+{
+    return b->tenths >= 10;
+}
+
 CRPCI_FN bool crpci_limiter_budget_spend(crpci_limiter_budget *b)
 {
     if (!crpci_limiter_budget_has(b))
         return false;
     b->tenths -= 10;
     return true;
-CRPCI_FN bool crpci_limiter_budget_has(const crpci_limiter_budget *b)
-{
-    return b->tenths >= 10;
-}
-
 }
 
 /* For a call that has succeeded. */
@@ -19586,6 +19592,7 @@ struct crpc_channel {
     bool private_loop; /* the channel opened the loop and closes it */
     bool closed;       /* no call may begin or go on */
     bool wait; /* calls wait for a provider */
+    bool retry_lost; /* requests without an id may be executed twice */
     uint32_t refs; /* atomic: the program's, and one of each pending call */
     crpci_list calls;   /* all pending calls but parts */
     crpci_list waiting; /* attempts that wait for a list of providers */
@@ -19598,7 +19605,6 @@ struct crpc_channel {
     size_t interceptor_count;
 #if CRPC_ENABLE_POLICY
     struct {
-    bool retry_lost; /* requests without an id may be executed twice */
         bool limited; /* false: retry_budget=-1 */
         crpci_limiter_budget tokens;
     } budget; /* of retries */
@@ -19949,6 +19955,13 @@ CRPCI_FN void crpci_attempt_start(crpci_pending_call *c, crpci_member *m)
     crpci_endpoint_submit(e, &c->attempt);
 }
 
+/* Whether a request that may have been executed can go to any provider. */
+CRPCI_FN bool crpci_attempt_may_run_twice(const crpci_pending_call *c)
+{
+    return (c->method->method->flags & CRPC_METHOD_IDEMPOTENT) ||
+           (c->channel->retry_lost && c->attempt.request.identity == CRPCI_REQUEST_ANONYMOUS);
+}
+
 /* Whether another attempt is allowed: the request was certainly not executed, or may be executed
  * twice; and there are attempts, time and a request left. */
 CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
@@ -19961,13 +19974,6 @@ CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
            crpci_loop_rough_time(c->channel->loop) < c->attempt.deadline_us &&
            crpci_request_renew(&c->attempt.request, c->block);
 }
-/* Whether a request that may have been executed can go to any provider. */
-CRPCI_FN bool crpci_attempt_may_run_twice(const crpci_pending_call *c)
-{
-    return (c->method->method->flags & CRPC_METHOD_IDEMPOTENT) ||
-           (c->channel->retry_lost && c->attempt.request.identity == CRPCI_REQUEST_ANONYMOUS);
-}
-
 
 /* With wait=1: lets a call whose last attempt could not connect begin anew, at the provider whose
  * backoff ends first. False: the call ends. Endpoints bound the rate of dials, so such attempts are
@@ -20577,8 +20583,11 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
  * nothing happens. */
 CRPCI_COLD void crpci_cluster_backup(crpci_pending_call *c)
 {
+    crpc_channel *ch = c->channel;
     c->backup_us = INT64_MAX;
     if (c->attempt.state == CRPCI_ATTEMPT_DONE || !c->attempt.endpoint)
+        return;
+    if (ch->budget.limited && !crpci_limiter_budget_has(&ch->budget.tokens))
         return;
     crpci_attempt_mark_tried(c);
     if (!crpci_cluster_branch(c, 1, false))
@@ -20591,8 +20600,6 @@ CRPCI_COLD void crpci_cluster_backup(crpci_pending_call *c)
 /* --- failback --------------------------------------------------------------------------------- */
 
 /* Tells the program, through failback_dropped or the log, of a call that is given up; a task that
-    if (ch->budget.limited && !crpci_limiter_budget_has(&ch->budget.tokens))
-        return;
  * runs user code. */
 CRPCI_COLD void crpci_cluster_failback_dropped(crpc_loop *l, crpci_task *task)
 {
@@ -21135,12 +21142,28 @@ CRPCI_FN int crpci_channel_status(const crpci_pending_call *c)
                                                      : CRPC_EPENDING;
 }
 
+/* Finds the call of an id as crpci_channel_find does. If nobody drives, so that its deadline may have
+ * passed unnoticed, takes a step, which unlocks meanwhile. */
+CRPCI_FN crpci_pending_call *crpci_channel_find_now(crpc_channel *ch, crpc_id id)
+{
+    crpc_loop *l = ch->loop;
+    crpci_pending_call *c = crpci_channel_find(ch, id);
+    if (crpci_channel_status(c) != CRPC_EPENDING || l->driver != CRPCI_LOOP_UNDRIVEN ||
+        l->mode != CRPCI_LOOP_PASSIVE || crpci_loop_now(l) < c->attempt.deadline_us)
+        return c;
+    l->fresh = false;
+    crpci_drive_once(l);
+    return crpci_channel_find(ch, id);
+}
+
 CRPC_API int crpc_channel_poll(crpc_channel *ch, crpc_id id)
 {
     int err;
+    crpci_thread_ref(&ch->refs); /* another thread may close the channel meanwhile */
     crpci_loop_lock(ch->loop);
-    err = crpci_channel_status(crpci_channel_find(ch, id));
-    crpci_loop_unlock(ch->loop);
+    err = crpci_channel_status(crpci_channel_find_now(ch, id));
+    crpci_drive_unlock(ch->loop);
+    crpci_attempt_drop_channel(ch);
     return err;
 }
 
@@ -21153,7 +21176,7 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
     memset(&w, 0, sizeof w);
     crpci_thread_ref(&ch->refs); /* another thread may close the channel meanwhile */
     crpci_loop_lock(l);
-    c = crpci_channel_find(ch, id);
+    c = crpci_channel_find_now(ch, id);
     err = crpci_channel_status(c);
     if (err == CRPC_EPENDING) {
         int64_t until = timeout_ms < 0 ? INT64_MAX
@@ -21338,6 +21361,7 @@ static const crpci_option crpci_opening_rows[] = {
     CRPCI_OPENING_MS(connect_timeout_ms, "connect_timeout_ms", 0, 500, 0),
     CRPCI_OPENING_ROW(retry_budget, "retry_budget", CRPCI_OPTION_POLICY, 10, -1, CRPCI_OPTION_ANY),
     CRPCI_OPENING_FLAG(request_ids, "request_ids", 0),
+    CRPCI_OPENING_FLAG(retry_lost, "retry_lost", 0),
     CRPCI_OPENING_FLAG(breaker.enabled, "breaker", CRPCI_OPTION_POLICY),
     CRPCI_OPENING_ROW(breaker.percent, "breaker_percent", CRPCI_OPTION_POLICY, 50, 50, 100),
     CRPCI_OPENING_ROW(breaker.requests, "breaker_requests", CRPCI_OPTION_POLICY, 20, 1,
@@ -21373,7 +21397,6 @@ static const crpci_option crpci_opening_rows[] = {
 static const crpci_options crpci_opening_options = {CRPCI_OPTIONS_OF(crpci_opening_rows)};
 
 CRPC_API int crpc_channel_options_parse(char *text, crpc_channel_options *options,
-    CRPCI_OPENING_FLAG(retry_lost, "retry_lost", 0),
                                         crpc_error *error)
 {
     crpci_options_target to[] = {{&crpci_opening_options, options, 0},
@@ -21551,6 +21574,7 @@ CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, crpc_channel_options *
     s->option_count = o->method_count;
     crpci_opening_providers(&ch->providers, o);
     ch->wait = o->wait > 0;
+    ch->retry_lost = o->retry_lost > 0;
     ch->interceptors = o->interceptors;
     ch->interceptor_count = o->interceptor_count;
 #if CRPC_ENABLE_POLICY
@@ -21586,7 +21610,6 @@ CRPCI_COLD int crpci_opening_item(crpci_snapshot *list, const char *text, crpc_e
            crpci_resolver_next(&rest, port, list->providers[list->count].address, CRPC_ADDRESS_MAX))
         list->count++;
     if (!err && list->count == from)
-    ch->retry_lost = o->retry_lost > 0;
         err = crpci_status_set(error, CRPC_ERESOLVE,
                                "\"%.80s\": the resolve hook gave no numeric address: \"%.80s\"",
                                text, names);
