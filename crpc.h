@@ -512,8 +512,8 @@
  *
  * Choosing. A provider with weight 0 is chosen only if there is no other. A provider that
  * registered a warm-up time gets a share that grows during it, by Dubbo's formula. One that cannot
- * be connected rests for up to a second, with a random share of that; one that says it is stopping
- * rests for a second. One that answers CRPC_ELIMIT rests for some 15 ms, then gets one call at a
+ * be connected rests for up to a second, with a random share of that, and is then dialled in the
+ * background while calls go to others; one that says it is stopping rests for a second. One that answers CRPC_ELIMIT rests for some 15 ms, then gets one call at a
  * time, up to a second apart, until it executes one. With lb=la other errors have the same effect:
  * a provider that fails quickly has few calls in flight.
  *
@@ -18420,6 +18420,7 @@ struct crpci_endpoint {
     crpci_list waiting; /* attempts that wait for a connection or a slot */
     crpci_list active;  /* attempts on any of the connections */
     bool serving;      /* crpci_endpoint_serve_waiting is on the stack */
+    bool wanted;       /* a call would have gone there: dial, though no attempt waits */
     bool refused;      /* the last dial failed, because of the provider */
     bool starved;      /* or because of this process, which had no descriptor, port or memory */
     crpci_timer timer; /* end of the backoff */
@@ -18683,6 +18684,7 @@ CRPCI_FN void crpci_endpoint_on_opened(crpci_conn *conn)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
     e->usable_at = 0;
+    e->refused = false;
     e->failures++; /* until a reply comes, the peer may just accept and then close */
     crpci_endpoint_serve_waiting(e);
 }
@@ -18946,8 +18948,19 @@ CRPCI_FN void crpci_endpoint_on_timer(crpc_loop *l, crpci_timer *t)
 {
     crpci_endpoint *e = CRPCI_CONTAINER(t, crpci_endpoint, timer);
     (void)l;
-    if (!e->conn && !crpci_list_empty(&e->waiting))
+    if (!e->conn && (e->wanted || !crpci_list_empty(&e->waiting))) {
+        e->wanted = false;
         crpci_endpoint_dial(e);
+    }
+}
+
+/* Dials in the next step, for a call that goes elsewhere because the last dial failed. */
+CRPCI_COLD void crpci_endpoint_redial(crpci_endpoint *e)
+{
+    if (e->conn || e->timer.prev || e->usable_at > crpci_loop_rough_time(e->loop))
+        return;
+    e->wanted = true;
+    crpci_loop_timer_set(e->loop, &e->timer, 0);
 }
 
 /* Sends an attempt, or lets it wait for a connection or a slot; dials if there is no connection. */
@@ -19429,7 +19442,7 @@ typedef struct crpci_tried {
 
 /* One choice under way, on the stack: the balancer passes it to crpci_providers_usable. */
 typedef struct crpci_choice {
-    const crpci_providers *providers;
+    crpci_providers *providers;
     const crpci_tried *tried;
     const crpci_group *group;
     int64_t now;
@@ -19455,6 +19468,18 @@ CRPCI_FN int64_t crpci_providers_ready_at(const crpci_member *m)
     return m->endpoint->usable_at > m->rest_at ? m->endpoint->usable_at : m->rest_at;
 }
 
+/* A member whose provider did not connect, so that a call would only find out whether it does now:
+ * the loop does that by itself, while the call goes elsewhere. */
+CRPCI_COLD bool crpci_providers_revive(crpci_providers *p, const crpci_member *m)
+{
+    crpci_providers_age(p, m->endpoint);
+    crpci_endpoint_redial(m->endpoint);
+#if CRPC_ENABLE_POLICY
+    p->choose_again = p->choose_again || (p->max && crpci_endpoint_is_dead(m->endpoint));
+#endif
+    return false;
+}
+
 /* Whether a member can be chosen now; the balancer asks. */
 CRPCI_FN bool crpci_providers_usable(void *user, size_t i)
 {
@@ -19463,6 +19488,8 @@ CRPCI_FN bool crpci_providers_usable(void *user, size_t i)
     if (crpci_providers_ready_at(m) > x->now ||
         (CRPCI_UNLIKELY(x->starved) && !crpci_endpoint_is_up(m->endpoint)))
         return false;
+    if (CRPCI_UNLIKELY(m->endpoint->refused))
+        return crpci_providers_revive(x->providers, m);
 #if CRPC_ENABLE_POLICY
     if (x->strict && (crpci_breaker_open(&m->breaker, &x->providers->breaker, x->now) ||
                       !crpci_breaker_ramped(&m->breaker, &x->providers->breaker, x->now,
@@ -19485,7 +19512,7 @@ CRPCI_COLD crpci_member *crpci_providers_last_resort(const crpci_choice *x)
         crpci_member *m = crpci_providers_at(p, i);
         if (crpci_providers_has_tried(x, m->endpoint))
             continue;
-        shut = x->starved && !crpci_endpoint_is_up(m->endpoint);
+        shut = m->endpoint->refused || (x->starved && !crpci_endpoint_is_up(m->endpoint));
         if (!best || (best_shut && !shut) ||
             (shut == best_shut && crpci_providers_ready_at(m) < crpci_providers_ready_at(best))) {
             best = m;

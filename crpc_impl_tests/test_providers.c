@@ -124,6 +124,29 @@ static void a_provider_that_backs_off_is_passed_over(void **state)
     turns_close(&t);
 }
 
+/* A provider that did not connect gets no call while another one can have it; when its backoff is
+ * over, a call that passes over it has the loop dial in the background. */
+static void a_provider_that_did_not_connect_is_dialled_in_the_background(void **state)
+{
+    turns t;
+    size_t i;
+    (void)state;
+    turns_open(&t);
+    t.order[1]->refused = true;
+    for (i = 0; i < 30; i++)
+        assert_ptr_not_equal(pick(t.channel, &t.call), t.order[1]);
+    assert_int_equal(t.order[1]->dialled_at, 0);
+    while (!t.order[1]->failures) /* nobody listens at its port */
+        assert_int_equal(crpc_loop_step(t.loop, 1), CRPC_OK);
+    assert_true(t.order[1]->dialled_at > 0);
+    assert_true(t.order[1]->refused);
+    t.order[0]->refused = t.order[2]->refused = true;
+    t.order[2]->usable_at = 0;
+    t.order[0]->usable_at = t.order[1]->usable_at = INT64_MAX;
+    assert_ptr_equal(pick(t.channel, &t.call), t.order[2]); /* no other one is left */
+    turns_close(&t);
+}
+
 static void a_provider_that_was_tried_is_not_picked_again(void **state)
 {
     turns t;
@@ -650,6 +673,7 @@ int main(void)
         CT_TEST(no_call_fails_when_a_provider_ends),
         CT_TEST(providers_are_picked_in_turn),
         CT_TEST(a_provider_that_backs_off_is_passed_over),
+        CT_TEST(a_provider_that_did_not_connect_is_dialled_in_the_background),
         CT_TEST(a_provider_that_was_tried_is_not_picked_again),
         CT_TEST(the_breaker_takes_a_provider_out_and_lets_it_back),
         CT_TEST(the_breaker_does_not_eject_everyone),
