@@ -513,14 +513,16 @@
  * Choosing. A provider with weight 0 is chosen only if there is no other. A provider that
  * registered a warm-up time gets a share that grows during it, by Dubbo's formula. One that cannot
  * be connected rests for up to a second, with a random share of that, and is then dialled in the
- * background while calls go to others; one that says it is stopping rests for a second. One that answers CRPC_ELIMIT rests for some 15 ms, then gets one call at a
- * time, up to a second apart, until it executes one. With lb=la other errors have the same effect:
- * a provider that fails quickly has few calls in flight.
+ * background while calls go to others; one that says it is stopping rests for a second. One that
+ * answers CRPC_ELIMIT rests for some 15 ms, then gets one call at a time, up to a second apart,
+ * until it executes one. With lb=la other errors have the same effect: a provider that fails
+ * quickly has few calls in flight.
  *
  * Retries. All attempts of a call share its one deadline, and all retries of a channel share a
  * budget (retry_budget), so that a fleet that is down is not stormed. A backup request, within the
- * same budget, goes to one more provider when an idempotent call has waited backup_ms; the first reply is used and later
- * ones are dropped. When a call has failed for good, the method's fallback stands for the reply.
+ * same budget, goes to one more provider when an idempotent call has waited backup_ms; the first
+ * reply is used and later ones are dropped. When a call has failed for good, the method's fallback
+ * stands for the reply.
  *
  * Programs may start in any order: with wait=1 a call that is made while no provider is known, or
  * none can be reached, waits for one until its deadline.
@@ -686,7 +688,7 @@
  * another provider. An override that disables the last provider counts. A request with an id that
  * finds no free replay entry gets CRPC_ELIMIT in place of being executed unremembered, so that
  * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket. A
- * breaker counts CRPC_ELIMIT as a failure.
+ * breaker counts CRPC_ELIMIT as a failure. Backup requests need tokens of retry_budget.
  *
  * What is new: wait=1, unix://@name, CRPC_ENABLE_POLICY, CRPC_ENABLE_TEXTS, CRPC_DEBUG,
  * crpc_channel_options_parse and crpc_server_options_parse. For servers that meet strangers
@@ -1575,9 +1577,10 @@ typedef struct crpc_channel_options {
     int wait;
     int connect_timeout_ms; /* of one connection attempt. 0: 500. -1: only the call's deadline */
     /* Retries and backup requests that the channel may make without a success in between. Each
-     * takes one from the budget, each success gives a tenth back, so that a fleet that is down is not stormed. Retries
-     * are free if the provider has replied over its present connection, after a stopping server's
-     * refusal, and after a connection that had gone stale. 0: 10. -1: no limit */
+     * takes one from the budget, each success gives a tenth back, so that a fleet that is down is
+     * not stormed. Retries are free if the provider has replied over its present connection, after
+     * a stopping server's refusal, and after a connection that had gone stale. 0: 10. -1: no
+     * limit */
     int retry_budget;
     /* 1: every call gets a request id. If the connection is lost, crpc sends the request to its
      * provider again, even if the method is not idempotent; use it only with servers that keep
@@ -6921,7 +6924,7 @@ typedef struct crpci_waiter {
     bool done;
 } crpci_waiter;
 
-#define CRPCI_DRIVE_LATE 5000 /* microseconds since the poller was asked: it is asked before timers */
+#define CRPCI_DRIVE_LATE 5000  /* microseconds without a poll: then it comes before the timers */
 #define CRPCI_DRIVE_AGE 500000 /* microseconds, twice which unneeded memory may be kept for reuse */
 
 /* An idle loop is woken twice, no more: by then it keeps little, and the step does not set the
@@ -21169,8 +21172,8 @@ CRPCI_FN int crpci_channel_status(const crpci_pending_call *c)
                                                      : CRPC_EPENDING;
 }
 
-/* Finds the call of an id as crpci_channel_find does. If nobody drives, so that its deadline may have
- * passed unnoticed, takes a step, which unlocks meanwhile. */
+/* Finds the call of an id as crpci_channel_find does. If nobody drives, so that its deadline may
+ * have passed unnoticed, takes a step, which unlocks meanwhile. */
 CRPCI_FN crpci_pending_call *crpci_channel_find_now(crpc_channel *ch, crpc_id id)
 {
     crpc_loop *l = ch->loop;
