@@ -252,7 +252,8 @@
  * `option idempotency_level = IDEMPOTENT;`) or its cluster policy sends it to several providers or
  * again (failback, forking, broadcast). crpc retries by itself in three cases: not a byte of the
  * request was sent; the server refused to execute it, because it is stopping (CRPC_ELOGOFF) or at a
- * limit (CRPC_ELIMIT); the connection was lost and the method is idempotent. Each retry goes to a
+ * limit (CRPC_ELIMIT); the connection was lost and the method is idempotent, or the channel says
+ * retry_lost=1, which means that its methods may be executed twice. Each retry goes to a
  * provider other than the last four that were tried. A request with an id (request_ids) is repeated
  * at its own provider instead, and a server with replay_entries executes it once, however often it
  * comes; one that has restarted since, or may have forgotten the request, answers CRPC_EREPEAT.
@@ -303,6 +304,7 @@
  *     connect_timeout_ms      500         0           1 to 86400000
  *     retry_budget            10          -1          1 and more
  *     request_ids             0           0           1
+ *     retry_lost              0           0           1
  *     breaker                 0           0           1
  *     breaker_percent         50          50          1 to 100
  *     breaker_requests        20          1           1 and more
@@ -447,7 +449,8 @@
  *     checksum_type          no                                other than 0: CRPC_EREQUEST
  *     request: log_id, trace_id, span_id, parent_span_id, timeout_ms (always); no request_id
  *
- * One connection to each provider carries all calls of a loop, and replies come in any order.
+ * One connection to each provider carries all calls of a loop, and replies come in any order. It is
+ * closed when a reply has begun to arrive and no byte of it comes for two seconds.
  * `inflight=1` is for peers that can answer only one request at a time. A service is found by its
  * full name ("package.Service"), else by its short name.
  *
@@ -511,13 +514,17 @@
  *
  * Choosing. A provider with weight 0 is chosen only if there is no other. A provider that
  * registered a warm-up time gets a share that grows during it, by Dubbo's formula. One that cannot
- * be connected rests for up to a second, with a random share of that; one that says it is stopping
- * rests for a second.
+ * be connected rests for up to a second, with a random share of that, and is then dialled in the
+ * background while calls go to others; one that says it is stopping rests for a second. One that
+ * answers CRPC_ELIMIT rests for some 15 ms, then gets one call at a time, up to a second apart,
+ * until it executes one. With lb=la other errors have the same effect: a provider that fails
+ * quickly has few calls in flight.
  *
  * Retries. All attempts of a call share its one deadline, and all retries of a channel share a
- * budget (retry_budget), so that a fleet that is down is not stormed. A backup request goes to one
- * more provider when an idempotent call has waited backup_ms; the first reply is used and later
- * ones are dropped. When a call has failed for good, the method's fallback stands for the reply.
+ * budget (retry_budget), so that a fleet that is down is not stormed. A backup request, within the
+ * same budget, goes to one more provider when an idempotent call has waited backup_ms; the first
+ * reply is used and later ones are dropped. When a call has failed for good, the method's fallback
+ * stands for the reply.
  *
  * Programs may start in any order: with wait=1 a call that is made while no provider is known, or
  * none can be reached, waits for one until its deadline.
@@ -705,7 +712,8 @@
  * longer how many there could have been. A call that a server refuses with CRPC_ELIMIT is tried at
  * another provider. An override that disables the last provider counts. A request with an id that
  * finds no free replay entry gets CRPC_ELIMIT in place of being executed unremembered, so that
- * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket.
+ * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket. A
+ * breaker counts CRPC_ELIMIT as a failure. Backup requests need tokens of retry_budget.
  *
  * A lock and an election have a lease of three eighths of the session timeout in place of nine
  * tenths, and are renewed with a write of the lock's node, which every contender must be allowed
@@ -1360,7 +1368,10 @@ typedef struct crpc_limits {
 
 /* How requests are written for peers that are not crpc. */
 typedef struct crpc_wire_options {
-    int inflight;    /* calls at a time on one connection. 0: no limit. -1: no limit */
+    /* Calls at a time on one connection. One that ends before its reply has come keeps its place
+     * until then; when all places are taken so, the connection is closed. 0: no limit. -1: no
+     * limit */
+    int inflight;
     int short_names; /* 1: send "Service" instead of "package.Service". 0: full names. -1: as 0 */
 } crpc_wire_options;
 
@@ -1564,9 +1575,9 @@ typedef struct crpc_method_options {
 } crpc_method_options;
 
 /* The breaker takes a provider whose calls fail out of the choice for a time, then lets one call
- * probe it, then gives its share back step by step. Timeouts and lost connections count as
- * failures, and an application's errors as successes; CRPC_ELIMIT and cancelled calls count as
- * neither. The keys have "breaker_" in front of the member's name. */
+ * probe it, then gives its share back step by step. Timeouts, lost connections and CRPC_ELIMIT
+ * count as failures, an application's errors as successes, cancelled calls as neither. The keys
+ * have "breaker_" in front of the member's name. */
 typedef struct crpc_breaker_options {
     int enabled;       /* key "breaker". 1: use it. 0: no. -1: no */
     int percent;       /* share of failed calls at which it opens. 0: 50. -1: as 0 */
@@ -1597,16 +1608,21 @@ typedef struct crpc_channel_options {
      * CRPC_ECONN. -1: as 0 */
     int wait;
     int connect_timeout_ms; /* of one connection attempt. 0: 500. -1: only the call's deadline */
-    /* Retries that the channel may make without a success in between. Each retry takes one from the
-     * budget, each success gives a tenth back, so that a fleet that is down is not stormed. Retries
-     * are free if the provider has replied over its present connection, after a stopping server's
-     * refusal, and after a connection that had gone stale. 0: 10. -1: no limit */
+    /* Retries and backup requests that the channel may make without a success in between. Each
+     * takes one from the budget, each success gives a tenth back, so that a fleet that is down is
+     * not stormed. Retries are free if the provider has replied over its present connection, after
+     * a stopping server's refusal, and after a connection that had gone stale. 0: 10. -1: no
+     * limit */
     int retry_budget;
     /* 1: every call gets a request id. If the connection is lost, crpc sends the request to its
      * provider again, even if the method is not idempotent; use it only with servers that keep
      * replies (crpc_server_options.replay_entries). A crpc server that does not, or was restarted,
      * answers CRPC_EREPEAT; others may execute the request twice. 0: no. -1: no */
     int request_ids;
+    /* 1: after a lost connection a request without an id goes to another provider, as if its method
+     * were idempotent: it may be executed twice. brpc's clients do so by default. 0: only requests
+     * of idempotent methods do. -1: as 0 */
+    int retry_lost;
     crpc_breaker_options breaker;
     /* --- groups that servers have too ----------------------------------- */
     crpc_directory_options directory; /* how providers are looked up in a registry */
@@ -6230,6 +6246,7 @@ struct crpc_loop {
     crpci_loop_end end;
     bool kicked;        /* the wake descriptor is readable, or the driver is about to drain it */
     bool skip_sleep;    /* the driver's own wait ended during this step: do not sleep */
+    bool timers_late; /* timers are due behind the events of this step */
     bool step_user;     /* the step that is under way runs user code */
     int64_t wake_at;    /* when the driver will wake by itself */
     int64_t foreign_at; /* when the foreign loop will */
@@ -6271,6 +6288,7 @@ struct crpc_loop {
     int64_t max_results;
     crpc_loop_stats stats;
     uint32_t lost; /* connections of channels that have ended, and dials that have failed */
+    int64_t starved_until; /* no dial is expected to succeed: descriptors or ports ran out */
 };
 
 CRPCI_FN void crpci_loop_lock(crpc_loop *l)
@@ -6952,6 +6970,7 @@ typedef struct crpci_waiter {
     bool done;
 } crpci_waiter;
 
+#define CRPCI_DRIVE_LATE 5000  /* microseconds without a poll: then it comes before the timers */
 #define CRPCI_DRIVE_AGE 500000 /* microseconds, twice which unneeded memory may be kept for reuse */
 
 /* An idle loop is woken twice, no more: by then it keeps little, and the step does not set the
@@ -6975,6 +6994,15 @@ CRPCI_FN int64_t crpci_drive_patience(crpc_loop *l, int64_t until, bool user)
     return at == INT64_MAX ? -1 : crpci_loop_left(l, at);
 }
 
+/* Timers are due: runs them. If the program's code has taken long since the poller was asked, the
+ * step reads what has come before it runs them, because what came in time is in time. */
+CRPCI_COLD void crpci_drive_timers(crpc_loop *l)
+{
+    l->timers_late = crpci_loop_time(l) - l->last_step > CRPCI_DRIVE_LATE;
+    if (!l->timers_late)
+        crpci_loop_run_timers(l);
+}
+
 /* P5: one step: timers and tasks, then flush, sleep in the poller, handle the events. `until`
  * (INT64_MAX: none) bounds the sleep; `user` allows user code, which the driver that is itself a
  * synchronous caller never runs (P8): the program's callbacks could wait for a lock that the caller
@@ -6988,7 +7016,8 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
     l->step_user = user;
     l->skip_sleep = false;
     l->send_left = CRPCI_LOOP_SEND;
-    crpci_loop_run_timers(l);
+    if (!crpci_loop_left(l, crpci_timer_next_us(&l->timers)))
+        crpci_drive_timers(l);
     crpci_loop_run_list(l, &l->resume);
     if (user)
         crpci_loop_run_ready(l);
@@ -7012,6 +7041,10 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
         crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, e.id);
         if (w)
             w->fn(l, w, e.events);
+    }
+    if (CRPCI_UNLIKELY(l->timers_late)) {
+        l->timers_late = false;
+        crpci_loop_run_timers(l);
     }
     if (user)
         crpci_loop_run_ready(l);
@@ -7115,6 +7148,14 @@ CRPCI_FN void crpci_drive_wait(crpc_loop *l, crpci_waiter *w, int64_t until, boo
     }
 }
 
+/* One step of a passive loop that nobody drives, without waiting and without user code. */
+CRPCI_FN void crpci_drive_once(crpc_loop *l)
+{
+    l->driver = CRPCI_LOOP_WORKING;
+    crpci_drive_step(l, 0, false);
+    crpci_drive_leave(l);
+}
+
 /* P10: a passive loop that was idle for 10 ms takes one step without waiting before it sends: a
  * connection that the peer closed meanwhile is found before a request is written into it. Back to
  * back, calls do without, and cost one send, one wait and one receive each. */
@@ -7123,9 +7164,7 @@ CRPCI_FN void crpci_drive_catch_up(crpc_loop *l)
     if (l->driver != CRPCI_LOOP_UNDRIVEN || l->mode != CRPCI_LOOP_PASSIVE ||
         crpci_loop_rough_time(l) - l->last_step < 10000)
         return;
-    l->driver = CRPCI_LOOP_WORKING;
-    crpci_drive_step(l, 0, false);
-    crpci_drive_leave(l);
+    crpci_drive_once(l);
 }
 
 /* --- owners ----------------------------------------------------------------------------------- */
@@ -7529,7 +7568,8 @@ CRPC_API void crpc_loop_stats_get(crpc_loop *l, crpc_loop_stats *stats)
 typedef enum crpci_outcome {
     CRPCI_OUTCOME_OK,
     CRPCI_OUTCOME_ERROR,
-    CRPCI_OUTCOME_IGNORE /* nothing: the attempt was cancelled, or refused over a limit */
+    CRPCI_OUTCOME_REFUSED, /* over a limit: a quick failure that shows no low latency */
+    CRPCI_OUTCOME_IGNORE   /* nothing: the attempt was cancelled */
 } crpci_outcome;
 
 /* A token bucket in the form of the generic cell rate algorithm (GCRA). It counts what was taken
@@ -7600,9 +7640,14 @@ CRPCI_FN void crpci_limiter_budget_init(crpci_limiter_budget *b, uint32_t tokens
     b->earn = earn_tenths;
 }
 
+CRPCI_FN bool crpci_limiter_budget_has(const crpci_limiter_budget *b)
+{
+    return b->tenths >= 10;
+}
+
 CRPCI_FN bool crpci_limiter_budget_spend(crpci_limiter_budget *b)
 {
-    if (b->tenths < 10)
+    if (!crpci_limiter_budget_has(b))
         return false;
     b->tenths -= 10;
     return true;
@@ -8861,6 +8906,7 @@ struct crpci_conn {
     const char *mark_value;
     uint32_t refs;
     uint32_t busy; /* accepted: requests being served. Dialled: requests that await a reply */
+    uint32_t late; /* dialled: slots of `busy` that calls have left whose replies are still due */
     uint32_t gone; /* atomic: the peer sends no more, or the connection is closed */
     int fd;
     int why;       /* crpc_status of the close */
@@ -8872,6 +8918,7 @@ struct crpci_conn {
                     * other reply is sent */
     bool is_crpc; /* accepted: the peer has said so, and understands a farewell */
     bool refused; /* accepted over max_connections, only to say so */
+    bool told;    /* dialled: a request that gets no reply was sent */
     bool shut;    /* further input is dropped */
     bool unread; /* input is waiting: it could not be read while another thread wrote */
     uint8_t parting;        /* crpci_conn_parting */
@@ -9413,8 +9460,9 @@ CRPCI_COLD int64_t crpci_conn_stall_end(crpci_conn *c, int64_t now)
     return c->stalled_us + (int64_t)c->write_timeout_ms * 1000;
 }
 
-/* A send has failed. A dialled connection is read once more before it closes: a server that refuses
- * a request answers, and closes with the rest of it unread, which resets the connection. */
+/* A send has failed. A dialled connection is read to its end before it closes: it may hold replies,
+ * and a server that refuses a request answers, and closes with the rest of it unread, which resets
+ * the connection. */
 CRPCI_COLD void crpci_conn_break(crpci_conn *c, int system_error)
 {
     if (c->protocols || c->closed) { /* another thread may have closed it during the send */
@@ -10131,8 +10179,13 @@ CRPCI_FN void crpci_connect_resume_task(crpc_loop *l, crpci_task *task)
     crpci_conn_hold(c);
     if (!c->closed && crpci_receive_catch_up(c) && !c->closed && crpci_conn_has_unseen(c))
         crpci_connect_event(l, &c->watch, CRPC_READABLE);
-    if (c->broken && !c->left)
-        crpci_conn_close(c, CRPC_ECONN, c->broken);
+    if (CRPCI_UNLIKELY(c->broken) && !c->left && !c->closed) {
+        c->unread = crpci_conn_unread(c);
+        if (c->unread)
+            crpci_conn_read_on(c);
+        else
+            crpci_conn_close(c, CRPC_ECONN, c->broken);
+    }
     crpci_conn_drop(c);
 }
 
@@ -18841,6 +18894,7 @@ CRPCI_FN int crpci_reply_decode(const crpci_reply *r, const crpci_method *k, int
 #define CRPCI_ENDPOINT_BACKOFF_MIN 50000   /* microseconds */
 #define CRPCI_ENDPOINT_BACKOFF_MAX 1000000 /* not longer than an ordinary call's deadline */
 #define CRPCI_ENDPOINT_IDLE        10000   /* microseconds; servers close only after more quiet */
+#define CRPCI_ENDPOINT_STALL_MS    2000    /* without a byte of a reply that has begun */
 
 /* Channels share an endpoint only if these are equal. */
 typedef struct crpci_endpoint_options {
@@ -18904,7 +18958,9 @@ struct crpci_endpoint {
     crpci_list waiting; /* attempts that wait for a connection or a slot */
     crpci_list active;  /* attempts on any of the connections */
     bool serving;      /* crpci_endpoint_serve_waiting is on the stack */
-    bool refused;      /* the last dial failed */
+    bool wanted;       /* a call would have gone there: dial, though no attempt waits */
+    bool refused;      /* the last dial failed, because of the provider */
+    bool starved;      /* or because of this process, which had no descriptor, port or memory */
     crpci_timer timer; /* end of the backoff */
     int failures;      /* dials and connections since the last reply: doubles the backoff */
     int64_t usable_at; /* end of the backoff, also of that after CRPC_ELOGOFF; 0: usable now */
@@ -18963,6 +19019,12 @@ CRPCI_FN bool crpci_endpoint_is_proven(const crpci_endpoint *e)
     return e->conn && !e->conn->connecting && !e->failures;
 }
 
+/* Whether there is a connection, and no need to dial. */
+CRPCI_FN bool crpci_endpoint_is_up(const crpci_endpoint *e)
+{
+    return e->conn && !e->conn->connecting;
+}
+
 /* Whether an attempt can be sent now. A connection that was idle may hold the server's farewell or
  * its end, which nobody has read if nobody drove the loop: this comes first. */
 CRPCI_FN bool crpci_endpoint_has_slot(const crpci_endpoint *e)
@@ -19010,6 +19072,19 @@ CRPCI_FN void crpci_endpoint_detach(crpci_attempt *a)
             crpci_endpoint_finish_conn(a->conn);
     }
     a->state = CRPCI_ATTEMPT_IDLE;
+}
+
+/* Keeps the slot of an attempt that was given up, and detached, after a part of it was sent, where
+ * requests in flight are limited: the peer still works on it. When the late reply comes the slot is
+ * free again. Closes a connection whose slots are all taken so. */
+CRPCI_COLD void crpci_endpoint_keep_slot(const crpci_endpoint *e, crpci_conn *c, int why)
+{
+    if (!e->options.inflight || c->parting || c->closed)
+        return;
+    c->busy++;
+    c->late++;
+    if (c->late >= e->options.inflight)
+        crpci_conn_close(c, why, 0);
 }
 
 /* Fails an attempt whose frame does not fit into the connection's queue. */
@@ -19119,8 +19194,13 @@ CRPCI_FN crpci_attempt *crpci_endpoint_match(crpci_conn *conn, const crpci_messa
     if (a && a->state == CRPCI_ATTEMPT_ACTIVE && a->conn == conn &&
         (!a->out || crpci_conn_out_begun(a->out)))
         return a;
-    if (m->id) /* replies to one-way calls carry 0 */
+    if (m->id) { /* replies to one-way calls carry 0 */
         conn->loop->stats.late_replies++;
+        if (conn->late) {
+            conn->late--;
+            conn->busy--;
+        }
+    }
     return NULL;
 }
 
@@ -19142,6 +19222,7 @@ CRPCI_FN void crpci_endpoint_on_opened(crpci_conn *conn)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
     e->usable_at = 0;
+    e->refused = false;
     e->failures++; /* until a reply comes, the peer may just accept and then close */
     crpci_endpoint_serve_waiting(e);
 }
@@ -19181,6 +19262,8 @@ CRPCI_COLD void crpci_endpoint_farewell(crpci_endpoint *e, crpci_conn *conn, boo
     if (conn->parting)
         return;
     conn->parting = CRPCI_CONN_LEAVES;
+    conn->busy -= conn->late; /* no request needs their slots any more */
+    conn->late = 0;
     e->conn = NULL;
     e->leaving++;
     crpci_endpoint_select(e, conn, true, &unsent);
@@ -19223,7 +19306,7 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
         e->usable_at = crpci_loop_now(e->loop) + CRPCI_ENDPOINT_BACKOFF_MAX;
     crpci_endpoint_detach(a);
     a->sent = CRPC_SENT_YES;
-    if (!m->usual && m->status == CRPC_EAUTH && !conn->busy)
+    if (!m->usual && m->status == CRPC_EAUTH && conn->busy == conn->late)
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
     if (!m->usual && m->unsupported && !m->status) {
         char cause[CRPC_ERROR_TEXT_MAX];
@@ -19239,8 +19322,10 @@ CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_message *
 {
     crpci_attempt *a = crpci_endpoint_match(conn, m);
     char cause[96];
-    if (!a)
+    if (!a) {
+        crpci_endpoint_serve_waiting((crpci_endpoint *)conn->owner);
         return;
+    }
     crpci_status_format(cause, sizeof cause, "reply of %llu bytes is over max_body, %u",
                         (unsigned long long)body, conn->max_body);
     a->sent = CRPC_SENT_YES;
@@ -19257,13 +19342,29 @@ CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
         return;
     a->out = NULL;
     a->sent = CRPC_SENT_YES;
-    if (crpci_endpoint_unanswered(a))
+    if (crpci_endpoint_unanswered(a)) {
+        conn->told = true;
         a->endpoint->events->ended(a, CRPC_OK, NULL);
+    }
 }
 
 CRPCI_FN void crpci_endpoint_on_eof(crpci_conn *conn)
 {
     crpci_conn_close(conn, CRPC_ECONN, conn->broken);
+}
+
+/* A reply has begun to arrive. A peer that then sends nothing for a time would keep every later
+ * reply from coming: closes the connection, or sets the timer again. */
+CRPCI_COLD void crpci_endpoint_check_stall(crpci_conn *conn)
+{
+    int64_t now = crpci_loop_now(conn->loop);
+    int64_t moved = conn->paused ? now : conn->arrived_us;
+    if (!conn->rx && !conn->skip)
+        return;
+    if (now - moved >= CRPCI_ENDPOINT_STALL_MS * 1000)
+        crpci_conn_close(conn, CRPC_ETIMEDOUT, 0);
+    else
+        crpci_conn_timer_by(conn, moved + CRPCI_ENDPOINT_STALL_MS * 1000);
 }
 
 CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)
@@ -19272,6 +19373,39 @@ CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ETIMEDOUT, ETIMEDOUT);
     else if (conn->parting == CRPCI_CONN_SHUT)
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
+    else
+        crpci_endpoint_check_stall(conn);
+}
+
+/* Whether a dial failed for want of something that this process lacks. */
+CRPCI_COLD bool crpci_endpoint_is_own_fault(int why, int system_error)
+{
+    return why == CRPC_ENOMEM || system_error == EMFILE || system_error == ENFILE ||
+           system_error == ENOBUFS || system_error == ENOMEM || system_error == EADDRNOTAVAIL;
+}
+
+/* Whether a connection that has ended was as good as one that has brought a reply: the peer took
+ * one-way calls, read all of them (else the kernel would have reset it), and closed it. */
+CRPCI_COLD bool crpci_endpoint_took_all(const crpci_conn *c)
+{
+    return c && c->told && !c->tx_head && !c->why_errno && crpci_sock_unsent(c->fd) == 0;
+}
+
+/* The present connection or dial has failed: notes why, and when to dial again. What this process
+ * lacks does not count against the provider, and no other dial of the loop would succeed now. */
+CRPCI_COLD void crpci_endpoint_miss(crpci_endpoint *e, bool connecting, int why, int system_error)
+{
+    if (crpci_endpoint_took_all(e->conn))
+        e->failures = 0;
+    e->conn = NULL;
+    e->last_errno = system_error;
+    e->starved = connecting && crpci_endpoint_is_own_fault(why, system_error);
+    e->refused = connecting && !e->starved;
+    if (e->starved)
+        e->loop->starved_until = e->usable_at =
+            crpci_loop_now(e->loop) + CRPCI_ENDPOINT_BACKOFF_MIN;
+    else if (connecting || e->failures)
+        crpci_endpoint_back_off(e);
 }
 
 /* A dial (`conn` is NULL if it failed at once) or a connection has failed, and no more comes of it:
@@ -19285,25 +19419,23 @@ CRPCI_FN void crpci_endpoint_fail(crpci_endpoint *e, const crpci_conn *conn, boo
                         connecting ? "connecting: " : "connection lost: ",
                         why == CRPC_ECONN    ? crpci_conn_errno_text(system_error)
                         : why == CRPC_ENOMEM ? "out of memory"
-                                             : crpc_status_text(why),
+                        : why == CRPC_ETIMEDOUT && !connecting
+                            ? "the peer stalled in the middle of a reply"
+                            : crpc_status_text(why),
                         connecting && why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
     e->refs++; /* a failing attempt drops its reference to the endpoint */
     e->loop->lost++;
-    if (conn == e->conn) {
-        e->last_errno = system_error;
-        e->refused = connecting;
-        if (connecting || e->failures)
-            crpci_endpoint_back_off(e);
-        e->conn = NULL;
-    } else {
+    if (conn == e->conn)
+        crpci_endpoint_miss(e, connecting, why, system_error);
+    else
         e->leaving--;
-    }
     crpci_endpoint_select(e, conn, false, &own);
     if (connecting) /* first the waiting ones: active ones that fail may join this list and stay */
         crpci_endpoint_fail_all(e, &e->waiting, cause);
     crpci_endpoint_fail_all(e, &own, cause);
-    if (!e->conn && !crpci_list_empty(&e->waiting)) /* these waited for a slot: dial for them */
-        crpci_endpoint_dial(e);
+    if (!e->conn && !crpci_list_empty(&e->waiting) && !e->timer.prev)
+        crpci_loop_timer_set(e->loop, &e->timer, 0); /* these waited for a slot: dial for them in
+                                                      * the next step, unless they end before */
     crpci_endpoint_drop(e);
 }
 
@@ -19340,6 +19472,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     }
     crpci_conn_hold(e->conn);
     e->conn->max_body = e->options.max_body;
+    e->conn->frame_timeout_ms = CRPCI_ENDPOINT_STALL_MS;
     e->conn->expect = crpc_view_of("", 0);
     e->conn->mark = e->options.protocol->mark ? CRPCI_MESSAGE_PEER_FIELD : NULL;
     e->conn->mark_value = "1";
@@ -19353,8 +19486,19 @@ CRPCI_FN void crpci_endpoint_on_timer(crpc_loop *l, crpci_timer *t)
 {
     crpci_endpoint *e = CRPCI_CONTAINER(t, crpci_endpoint, timer);
     (void)l;
-    if (!e->conn && !crpci_list_empty(&e->waiting))
+    if (!e->conn && (e->wanted || !crpci_list_empty(&e->waiting))) {
+        e->wanted = false;
         crpci_endpoint_dial(e);
+    }
+}
+
+/* Dials in the next step, for a call that goes elsewhere because the last dial failed. */
+CRPCI_COLD void crpci_endpoint_redial(crpci_endpoint *e)
+{
+    if (e->conn || e->timer.prev || e->usable_at > crpci_loop_rough_time(e->loop))
+        return;
+    e->wanted = true;
+    crpci_loop_timer_set(e->loop, &e->timer, 0);
 }
 
 /* Sends an attempt, or lets it wait for a connection or a slot; dials if there is no connection. */
@@ -19436,6 +19580,8 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
 #define CRPCI_PROVIDERS_REWEIGH 1000000 /* microseconds between new weights of warming providers */
 #define CRPCI_PROVIDERS_TRIED 4 /* providers that a retry avoids */
 #define CRPCI_PROVIDERS_STALE_REDIAL 60000000 /* microseconds between dials of a stale provider */
+#define CRPCI_PROVIDERS_REST_MIN 20000   /* microseconds; doubled by each refusal in a row */
+#define CRPCI_PROVIDERS_REST_MAX 1280000 /* as long as a stopping server rests */
 
 /* One provider of one channel. Lives while it is listed or an attempt uses it. */
 typedef struct crpci_member {
@@ -19449,6 +19595,9 @@ typedef struct crpci_member {
     uint32_t weight;  /* at the end of its warm-up; balance.weight is the present one */
     int64_t warmup_us; /* how long its weight grows; 0: it does not */
     int64_t since_us; /* when it began to serve, in the loop's time */
+    uint32_t refusals;  /* in a row; see crpci_providers_rest */
+    int64_t refused_us; /* when the last one came */
+    int64_t rest_at;    /* until then it is not chosen while another one can be */
 } crpci_member;
 
 typedef struct crpci_pending_call crpci_pending_call;
@@ -19727,6 +19876,36 @@ CRPCI_FN void crpci_providers_clear(crpci_providers *p)
 
 /* --- attempts --------------------------------------------------------------------------------- */
 
+/* A provider at its limit answers at once, so that every balancer would send it more calls than to
+ * those that work. After a refusal it rests, and then gets one call at a time until one succeeds:
+ * each refusal doubles the rest, which is random, so that not all clients come back together. */
+CRPCI_COLD void crpci_providers_rest(const crpci_providers *p, crpci_member *m, int64_t now)
+{
+    int64_t rest = crpci_base_min64((int64_t)CRPCI_PROVIDERS_REST_MIN << m->refusals,
+                                    CRPCI_PROVIDERS_REST_MAX) / 2;
+    m->rest_at = now + rest + (int64_t)(crpci_loop_random(p->loop) % (uint32_t)rest);
+}
+
+/* Lets a provider rest that has refused a call. Under least active one that fails has no calls in
+ * flight and would get them all, so it rests too. A success ends the rest. What began before the
+ * last refusal counts for nothing: it may have been refused together with that one. */
+CRPCI_COLD void crpci_providers_judge(const crpci_providers *p, crpci_member *m,
+                                      crpci_outcome outcome, int64_t began, int64_t now)
+{
+    if (began < m->refused_us) {
+        ;
+    } else if (outcome == CRPCI_OUTCOME_REFUSED ||
+               (outcome == CRPCI_OUTCOME_ERROR &&
+                crpci_balance_need(&p->balance, CRPCI_BALANCE_ACTIVE))) {
+        m->refused_us = now;
+        crpci_providers_rest(p, m, now);
+        m->refusals += m->refusals < 10;
+    } else if (outcome == CRPCI_OUTCOME_OK) {
+        m->refusals = 0;
+        m->rest_at = 0;
+    }
+}
+
 /* Tells balancer and breaker that an attempt on a provider begins, and takes a reference for it.
  * crpci_providers_end must follow exactly once. */
 CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t now)
@@ -19760,12 +19939,16 @@ CRPCI_FN void crpci_providers_end(crpci_providers *p, crpci_member *m, crpci_out
 {
     crpci_balance_item_end(
         &p->balance, &m->balance, outcome != CRPCI_OUTCOME_ERROR,
-        outcome == CRPCI_OUTCOME_IGNORE &&
-                latency < m->balance.latency >> CRPCI_BALANCE_LATENCY_BITS
+        outcome == CRPCI_OUTCOME_REFUSED ||
+                (outcome == CRPCI_OUTCOME_IGNORE &&
+                 latency < m->balance.latency >> CRPCI_BALANCE_LATENCY_BITS)
             ? -1 /* cut short: that says nothing about the provider's speed */
             : latency,
         now);
+    if (CRPCI_UNLIKELY((uint32_t)outcome | m->refusals)) /* CRPCI_OUTCOME_OK is 0 */
+        crpci_providers_judge(p, m, outcome, now - latency, now);
 #if CRPC_ENABLE_POLICY
+    outcome = outcome == CRPCI_OUTCOME_REFUSED ? CRPCI_OUTCOME_ERROR : outcome;
     if (p->breaker.error_percent &&
         crpci_breaker_end(&m->breaker, &p->breaker, outcome, latency, now,
                           crpci_loop_random(p->loop)) &&
@@ -19797,12 +19980,13 @@ typedef struct crpci_tried {
 
 /* One choice under way, on the stack: the balancer passes it to crpci_providers_usable. */
 typedef struct crpci_choice {
-    const crpci_providers *providers;
+    crpci_providers *providers;
     const crpci_tried *tried;
     const crpci_group *group;
     int64_t now;
     uint32_t random; /* the same for the whole choice, because a member may be asked about twice */
     bool strict;     /* leave out what the breaker has ejected */
+    bool starved;    /* leave out what would have to be dialled: that could only fail */
 } crpci_choice;
 
 /* Whether the call has been to an endpoint, by itself or by one of its parts. */
@@ -19816,13 +20000,34 @@ CRPCI_FN bool crpci_providers_has_tried(const crpci_choice *x, const crpci_endpo
     return x->group && x->providers->in_group(x->group, e);
 }
 
+/* When the backoff and the rest of a member are over. */
+CRPCI_FN int64_t crpci_providers_ready_at(const crpci_member *m)
+{
+    return m->endpoint->usable_at > m->rest_at ? m->endpoint->usable_at : m->rest_at;
+}
+
+/* A member whose provider did not connect, so that a call would only find out whether it does now:
+ * the loop does that by itself, while the call goes elsewhere. */
+CRPCI_COLD bool crpci_providers_revive(crpci_providers *p, const crpci_member *m)
+{
+    crpci_providers_age(p, m->endpoint);
+    crpci_endpoint_redial(m->endpoint);
+#if CRPC_ENABLE_POLICY
+    p->choose_again = p->choose_again || (p->max && crpci_endpoint_is_dead(m->endpoint));
+#endif
+    return false;
+}
+
 /* Whether a member can be chosen now; the balancer asks. */
 CRPCI_FN bool crpci_providers_usable(void *user, size_t i)
 {
     const crpci_choice *x = (const crpci_choice *)user;
     const crpci_member *m = crpci_providers_at(x->providers, i);
-    if (m->endpoint->usable_at > x->now)
+    if (crpci_providers_ready_at(m) > x->now ||
+        (CRPCI_UNLIKELY(x->starved) && !crpci_endpoint_is_up(m->endpoint)))
         return false;
+    if (CRPCI_UNLIKELY(m->endpoint->refused))
+        return crpci_providers_revive(x->providers, m);
 #if CRPC_ENABLE_POLICY
     if (x->strict && (crpci_breaker_open(&m->breaker, &x->providers->breaker, x->now) ||
                       !crpci_breaker_ramped(&m->breaker, &x->providers->breaker, x->now,
@@ -19832,18 +20037,25 @@ CRPCI_FN bool crpci_providers_usable(void *user, size_t i)
     return !crpci_providers_has_tried(x, m->endpoint);
 }
 
-/* No member is usable now: chooses, among those not tried yet, the one whose backoff ends first.
- * The attempt then waits for it. NULL: all have been tried. */
+/* No member is usable now: chooses, among those not tried yet, the one whose backoff ends first,
+ * rather one that can be expected to connect. The attempt then waits for it. NULL: all have been
+ * tried. */
 CRPCI_COLD crpci_member *crpci_providers_last_resort(const crpci_choice *x)
 {
     const crpci_providers *p = x->providers;
     crpci_member *best = NULL;
+    bool shut, best_shut = false;
     size_t i;
     for (i = 0; i < p->count; i++) {
         crpci_member *m = crpci_providers_at(p, i);
-        if (!crpci_providers_has_tried(x, m->endpoint) &&
-            (!best || m->endpoint->usable_at < best->endpoint->usable_at))
+        if (crpci_providers_has_tried(x, m->endpoint))
+            continue;
+        shut = m->endpoint->refused || (x->starved && !crpci_endpoint_is_up(m->endpoint));
+        if (!best || (best_shut && !shut) ||
+            (shut == best_shut && crpci_providers_ready_at(m) < crpci_providers_ready_at(best))) {
             best = m;
+            best_shut = shut;
+        }
     }
     return best;
 }
@@ -19873,6 +20085,7 @@ CRPCI_FN crpci_member *crpci_providers_pick(crpci_providers *p, const crpci_trie
                                             const crpci_group *group, uint64_t key)
 {
     crpci_choice x;
+    crpci_member *m;
     int i;
     x.providers = p;
     x.tried = tried;
@@ -19883,6 +20096,7 @@ CRPCI_FN crpci_member *crpci_providers_pick(crpci_providers *p, const crpci_trie
                    : NULL;
     x.random = crpci_loop_random(p->loop);
     x.now = crpci_loop_rough_time(p->loop);
+    x.starved = x.now < p->loop->starved_until;
     key = key ? key : x.random;
 #if CRPC_ENABLE_POLICY
     x.strict = p->breaker.error_percent != 0;
@@ -19896,8 +20110,10 @@ CRPCI_FN crpci_member *crpci_providers_pick(crpci_providers *p, const crpci_trie
         x.strict = false;
         i = crpci_balance_pick(&p->balance, key, x.random, x.now, crpci_providers_usable, &x);
     }
-    return CRPCI_LIKELY(i >= 0) ? crpci_providers_at(p, (size_t)i)
-                                : crpci_providers_last_resort(&x);
+    m = CRPCI_LIKELY(i >= 0) ? crpci_providers_at(p, (size_t)i) : crpci_providers_last_resort(&x);
+    if (m && CRPCI_UNLIKELY(m->refusals)) /* one call at a time finds out whether it has room */
+        crpci_providers_rest(p, m, x.now);
+    return m;
 }
 
 #endif /* CRPC_ENABLE_CLIENT */
@@ -19941,6 +20157,7 @@ struct crpc_channel {
     bool private_loop; /* the channel opened the loop and closes it */
     bool closed;       /* no call may begin or go on */
     bool wait; /* calls wait for a provider */
+    bool retry_lost; /* requests without an id may be executed twice */
     uint32_t refs; /* atomic: the program's, and one of each pending call */
     crpci_list calls;   /* all pending calls but parts */
     crpci_list waiting; /* attempts that wait for a list of providers */
@@ -20161,16 +20378,14 @@ CRPCI_FN void crpci_attempt_discard(crpci_pending_call *c)
 }
 
 /* Gives up the present attempt before its reply came. A peer that was sent the request still works
- * on it. With a limit of requests in flight the slot is still occupied then, and the late reply
- * could be taken for that of the next request: closes the connection. */
+ * on it. */
 CRPCI_FN void crpci_attempt_abandon(crpci_pending_call *c, int why)
 {
-    const crpci_endpoint *e = c->attempt.endpoint;
     crpci_conn *conn = c->attempt.state == CRPCI_ATTEMPT_ACTIVE ? c->attempt.conn : NULL;
     crpci_endpoint_detach(&c->attempt);
     crpci_attempt_end(c, why == CRPC_ETIMEDOUT ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
-    if (conn && e->options.inflight && c->attempt.sent != CRPC_SENT_NO)
-        crpci_conn_close(conn, why, 0);
+    if (conn && c->attempt.sent != CRPC_SENT_NO)
+        crpci_endpoint_keep_slot(c->attempt.endpoint, conn, why);
 }
 
 /* Ends the call, once, with a reply or a status: queues its callback, ends its caller's wait, or
@@ -20305,11 +20520,18 @@ CRPCI_FN void crpci_attempt_start(crpci_pending_call *c, crpci_member *m)
     crpci_endpoint_submit(e, &c->attempt);
 }
 
+/* Whether a request that may have been executed can go to any provider. */
+CRPCI_FN bool crpci_attempt_may_run_twice(const crpci_pending_call *c)
+{
+    return (c->method->method->flags & CRPC_METHOD_IDEMPOTENT) ||
+           (c->channel->retry_lost && c->attempt.request.identity == CRPCI_REQUEST_ANONYMOUS);
+}
+
 /* Whether another attempt is allowed: the request was certainly not executed, or may be executed
  * twice; and there are attempts, time and a request left. */
 CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
 {
-    bool twice = (c->method->method->flags & CRPC_METHOD_IDEMPOTENT) ||
+    bool twice = crpci_attempt_may_run_twice(c) ||
                  c->attempt.request.identity != CRPCI_REQUEST_ANONYMOUS;
     bool harmless = c->attempt.sent == CRPC_SENT_NO || crpci_attempt_refused(code) ||
                     (twice && code == CRPC_ECONN);
@@ -20352,7 +20574,7 @@ CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool 
     crpci_member *m;
     /* The request may have been executed, and has an id: only the provider that it was sent to can
      * have kept the reply, so it goes there again; nowhere, if that provider refuses it. */
-    if (c->before != CRPC_SENT_NO && !(c->method->method->flags & CRPC_METHOD_IDEMPOTENT))
+    if (c->before != CRPC_SENT_NO && !crpci_attempt_may_run_twice(c))
         return crpci_attempt_refused(code)
                    ? NULL
                    : crpci_providers_of(&ch->providers, c->attempt.endpoint);
@@ -20362,6 +20584,19 @@ CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool 
         m = crpci_attempt_pick(c);
     }
     return m;
+}
+
+/* A dial has failed for want of something that this process lacks. Chooses a provider that need not
+ * be dialled, beyond the attempts that the call may make. NULL: there is none. */
+CRPCI_COLD crpci_member *crpci_attempt_next_connected(crpci_pending_call *c)
+{
+    crpci_member *m;
+    c->tried.max_attempts++;
+    m = crpci_attempt_may_retry(c, CRPC_ECONN) ? crpci_attempt_next(c, CRPC_ECONN, false) : NULL;
+    if (m && crpci_endpoint_is_up(m->endpoint))
+        return m;
+    c->tried.max_attempts--;
+    return NULL;
 }
 
 /* Whether the retry budget lets an attempt on a member through. Free of charge are: what a server
@@ -20401,15 +20636,17 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     crpc_channel *ch = c->channel;
     crpci_endpoint *e = a->endpoint;
     const crpci_conn *conn = a->state == CRPCI_ATTEMPT_ACTIVE ? a->conn : NULL;
-    bool again, stale = code == CRPC_ECONN && !e->refused;
+    bool starved = code == CRPC_ECONN && !conn && e->starved, again = starved;
+    bool stale = code == CRPC_ECONN && !e->refused && !starved;
     crpci_member *m;
     if (code == CRPC_EOVERCROWDED && !e->conn->tx_bytes)
         c->tried.max_attempts = c->tried.attempts; /* no queue can take it: a retry is useless */
     crpci_endpoint_detach(a);
     if (conn && a->request.identity == CRPCI_REQUEST_IDENTIFIED && !crpci_attempt_refused(code))
         crpci_attempt_bind(c, conn);
-    crpci_attempt_end(c, code == CRPC_ECONN ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
-    again = crpci_attempt_may_retry(c, code);
+    crpci_attempt_end(c, code == CRPC_ECONN && !starved ? CRPCI_OUTCOME_ERROR
+                         : code == CRPC_ELIMIT          ? CRPCI_OUTCOME_REFUSED
+                                                        : CRPCI_OUTCOME_IGNORE);
     if (!crpci_attempt_refused(code) && a->sent > c->before)
         c->before = a->sent;
     crpci_attempt_explain(c, code, cause, "");
@@ -20418,9 +20655,12 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     ch->providers.choose_again =
         ch->providers.choose_again || (ch->providers.max && crpci_endpoint_is_dead(e));
 #endif
-    stale = stale && (c->before == CRPC_SENT_NO ||
-                      (c->method->method->flags & CRPC_METHOD_IDEMPOTENT));
-    m = again ? crpci_attempt_next(c, code, stale) : NULL;
+    stale = stale && (c->before == CRPC_SENT_NO || crpci_attempt_may_run_twice(c));
+    m = starved ? crpci_attempt_next_connected(c) : NULL;
+    if (!m) {
+        again = crpci_attempt_may_retry(c, code);
+        m = again ? crpci_attempt_next(c, code, stale) : NULL;
+    }
     e->refs++; /* the next attempt may end the call, and with it the last reference */
     if (m && crpci_attempt_affordable(c, m, code, stale))
         crpci_attempt_start(c, m);
@@ -20435,7 +20675,7 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
 }
 
 /* Judges the provider by a reply's status, for balancer and breaker: an application's error
- * shows a service that works; a refusal of this request says nothing about the next one. */
+ * shows a service that works; one about this request alone says nothing about the next. */
 CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
 {
     if (CRPCI_LIKELY(code == 0))
@@ -20446,6 +20686,8 @@ CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
     case CRPC_ETIMEDOUT:
     case CRPC_EOVERCROWDED:
         return CRPCI_OUTCOME_ERROR;
+    case CRPC_ELIMIT:
+        return CRPCI_OUTCOME_REFUSED;
     default:
         return crpci_status_reserved(code) ? CRPCI_OUTCOME_IGNORE : CRPCI_OUTCOME_OK;
     }
@@ -20901,16 +21143,23 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
     }
 }
 
-/* A backup request is due: asks one more provider, while the first attempt goes on. Without memory
- * or another provider, and if the call was not sent anywhere yet, nothing happens. */
+/* A backup request is due: asks one more provider, while the first attempt goes on. Without memory,
+ * another provider or a token of the retry budget, and if the call was not sent anywhere yet,
+ * nothing happens. */
 CRPCI_COLD void crpci_cluster_backup(crpci_pending_call *c)
 {
+    crpc_channel *ch = c->channel;
     c->backup_us = INT64_MAX;
     if (c->attempt.state == CRPCI_ATTEMPT_DONE || !c->attempt.endpoint)
         return;
+    if (ch->budget.limited && !crpci_limiter_budget_has(&ch->budget.tokens))
+        return;
     crpci_attempt_mark_tried(c);
-    if (crpci_cluster_branch(c, 1, false))
-        crpci_cluster_settle(c);
+    if (!crpci_cluster_branch(c, 1, false))
+        return;
+    if (ch->budget.limited)
+        crpci_limiter_budget_spend(&ch->budget.tokens);
+    crpci_cluster_settle(c);
 }
 
 /* --- failback --------------------------------------------------------------------------------- */
@@ -21081,13 +21330,19 @@ CRPCI_FN int64_t crpci_channel_deadline(const crpc_policy *policy, const crpc_ca
     return at;
 }
 
-/* Fills a pending call whose request is encoded, and lists it in the channel. */
+#define CRPCI_CHANNEL_ROUGH_MS 50 /* shorter timeouts do not bear the coarse clock's 1 to 10 ms */
+
+/* Fills a pending call whose request is encoded, and lists it in the channel. In a callback `start`
+ * comes from the coarse clock; a short timeout begins by the exact one. */
 CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
                                       const crpci_method *k, crpci_call_kind kind,
                                       const crpc_call *in, int64_t start)
 {
     crpci_attempt_init(c, ch, k, kind, start);
     crpci_request_apply_policy(&c->policy, &in->policy);
+    if (CRPCI_UNLIKELY(c->policy.timeout_ms <= CRPCI_CHANNEL_ROUGH_MS) &&
+        crpci_loop_in_callback(ch->loop))
+        start = c->start_us = crpci_loop_now(ch->loop);
     c->attempt.deadline_us = crpci_channel_deadline(&c->policy, in, start);
     if (CRPCI_UNLIKELY(c->policy.backup_ms && kind != CRPCI_CALL_NOTIFY &&
                        (k->method->flags & CRPC_METHOD_IDEMPOTENT)))
@@ -21452,12 +21707,28 @@ CRPCI_FN int crpci_channel_status(const crpci_pending_call *c)
                                                      : CRPC_EPENDING;
 }
 
+/* Finds the call of an id as crpci_channel_find does. If nobody drives, so that its deadline may
+ * have passed unnoticed, takes a step, which unlocks meanwhile. */
+CRPCI_FN crpci_pending_call *crpci_channel_find_now(crpc_channel *ch, crpc_id id)
+{
+    crpc_loop *l = ch->loop;
+    crpci_pending_call *c = crpci_channel_find(ch, id);
+    if (crpci_channel_status(c) != CRPC_EPENDING || l->driver != CRPCI_LOOP_UNDRIVEN ||
+        l->mode != CRPCI_LOOP_PASSIVE || crpci_loop_now(l) < c->attempt.deadline_us)
+        return c;
+    l->fresh = false;
+    crpci_drive_once(l);
+    return crpci_channel_find(ch, id);
+}
+
 CRPC_API int crpc_channel_poll(crpc_channel *ch, crpc_id id)
 {
     int err;
+    crpci_thread_ref(&ch->refs); /* another thread may close the channel meanwhile */
     crpci_loop_lock(ch->loop);
-    err = crpci_channel_status(crpci_channel_find(ch, id));
-    crpci_loop_unlock(ch->loop);
+    err = crpci_channel_status(crpci_channel_find_now(ch, id));
+    crpci_drive_unlock(ch->loop);
+    crpci_attempt_drop_channel(ch);
     return err;
 }
 
@@ -21470,7 +21741,7 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
     memset(&w, 0, sizeof w);
     crpci_thread_ref(&ch->refs); /* another thread may close the channel meanwhile */
     crpci_loop_lock(l);
-    c = crpci_channel_find(ch, id);
+    c = crpci_channel_find_now(ch, id);
     err = crpci_channel_status(c);
     if (err == CRPC_EPENDING) {
         int64_t until = timeout_ms < 0 ? INT64_MAX
@@ -21655,6 +21926,7 @@ static const crpci_option crpci_opening_rows[] = {
     CRPCI_OPENING_MS(connect_timeout_ms, "connect_timeout_ms", 0, 500, 0),
     CRPCI_OPENING_ROW(retry_budget, "retry_budget", CRPCI_OPTION_POLICY, 10, -1, CRPCI_OPTION_ANY),
     CRPCI_OPENING_FLAG(request_ids, "request_ids", 0),
+    CRPCI_OPENING_FLAG(retry_lost, "retry_lost", 0),
     CRPCI_OPENING_FLAG(breaker.enabled, "breaker", CRPCI_OPTION_POLICY),
     CRPCI_OPENING_ROW(breaker.percent, "breaker_percent", CRPCI_OPTION_POLICY, 50, 50, 100),
     CRPCI_OPENING_ROW(breaker.requests, "breaker_requests", CRPCI_OPTION_POLICY, 20, 1,
@@ -21867,6 +22139,7 @@ CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, crpc_channel_options *
     s->option_count = o->method_count;
     crpci_opening_providers(&ch->providers, o);
     ch->wait = o->wait > 0;
+    ch->retry_lost = o->retry_lost > 0;
     ch->interceptors = o->interceptors;
     ch->interceptor_count = o->interceptor_count;
 #if CRPC_ENABLE_POLICY

@@ -122,6 +122,46 @@ static void half_a_reply_costs_the_deadline(void **state)
     }
 }
 
+/* A peer that begins a reply and stalls poisons no later call: the connection is closed when no byte
+ * has come for two seconds. The time moves only as the test says. */
+static void half_a_reply_ends_the_connection(void **state)
+{
+    crpc_loop_options o = net_loop_options(CRPC_POLLER_DEFAULT);
+    crpc_call call = CRPC_INIT;
+    dyn_Num in = net_num(1);
+    crpc_channel *ch;
+    crpci_conn *conn;
+    crpc_loop *l;
+    peer stalls;
+    done_log d;
+    (void)state;
+    net_time_begin(NET_TIME_STANDS);
+    o.hooks.clock_us = net_clock_us;
+    assert_int_equal(crpc_loop_open(&l, &o), CRPC_OK);
+    peer_open(&stalls, peer_stalls_reply, NULL);
+    ch = net_channel(stalls.url, "?retries=-1", CRPC_POLLER_DEFAULT, l, NULL);
+    assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+    done_init(&d);
+    call.policy.timeout_ms = 60000;
+    assert_int_equal(dyn_Echo_Add_async(ch, &in, done_num, &d, &call), CRPC_OK);
+    conn = CRPCI_CONTAINER(l->conns.next, crpci_conn, link);
+    while (!conn->rx)
+        assert_int_equal(crpc_loop_step(l, 1), CRPC_OK);
+    net_time_add(1900);
+    assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+    assert_int_equal(done_count(&d), 0);
+    net_time_add(200);
+    assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+    assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+    assert_int_equal(done_count(&d), 1);
+    assert_int_equal(d.status, CRPC_ECONN);
+    assert_int_equal(d.error.sent, CRPC_SENT_YES);
+    assert_non_null(strstr(d.error.text, "stalled"));
+    crpc_channel_close(ch);
+    crpc_loop_close(l);
+    peer_close(&stalls);
+}
+
 static void a_reply_that_is_cut_is_a_lost_connection(void **state)
 {
     crpc_poller p;
@@ -434,6 +474,36 @@ static void a_lost_request_is_tried_elsewhere_only_if_it_may_run_twice(void **st
         assert_int_equal(error.attempts, 2);
         peer_close(&good);
         peer_close(&loses);
+    }
+}
+
+/* As brpc does by default: whoever sets it says that methods may run twice. A request with an id
+ * still goes to its own provider only. */
+static void with_retry_lost_every_lost_request_is_tried_elsewhere(void **state)
+{
+    static const char *const queries[] = {"?retry_lost=1&timeout_ms=20000",
+                                          "?retry_lost=1&request_ids=1&timeout_ms=20000",
+                                          "?timeout_ms=20000"};
+    int q, i;
+    (void)state;
+    for (q = 0; q < 3; q++) {
+        peer good, lost;
+        char list[128];
+        crpc_channel *ch;
+        int failed = 0;
+        peer_open(&good, peer_adds, NULL);
+        peer_open(&lost, peer_hangs_up, NULL);
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", lost.port, good.port);
+        ch = net_channel(list, queries[q], CRPC_POLLER_DEFAULT, NULL, NULL);
+        for (i = 0; i < 4; i++) {
+            dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+            failed += dyn_Echo_Add(ch, &in, &out, NULL) != CRPC_OK;
+        }
+        assert_true(peer_requests(&lost) >= 1);
+        assert_int_equal(failed != 0, q != 0);
+        crpc_channel_close(ch);
+        peer_close(&good);
+        peer_close(&lost);
     }
 }
 
@@ -1323,6 +1393,7 @@ int main(void)
         CT_TEST(a_refused_connection_does_not_wait_for_the_deadline),
         CT_TEST(a_silent_peer_costs_the_deadline),
         CT_TEST(half_a_reply_costs_the_deadline),
+        CT_TEST(half_a_reply_ends_the_connection),
         CT_TEST(a_reply_that_is_cut_is_a_lost_connection),
         CT_TEST(a_peer_that_reads_nothing_costs_the_deadline),
         CT_TEST(connecting_costs_the_deadline_or_connect_timeout_ms),
@@ -1333,6 +1404,7 @@ int main(void)
         CT_TEST(an_unsent_request_is_tried_elsewhere),
         CT_TEST(a_refused_request_is_tried_elsewhere),
         CT_TEST(a_lost_request_is_tried_elsewhere_only_if_it_may_run_twice),
+        CT_TEST(with_retry_lost_every_lost_request_is_tried_elsewhere),
         CT_TEST(an_unanswered_request_is_not_tried_elsewhere),
         CT_TEST(when_all_servers_are_stopping_the_error_is_elogoff),
         CT_TEST(a_lost_reply_is_executed_once),

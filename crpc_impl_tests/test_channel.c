@@ -567,6 +567,38 @@ static void without_threads_a_callback_needs_a_driver(void **state)
     peer_close(&adds);
 }
 
+/* Nobody drives, and no thread may be started: a call by id ends at its deadline all the same, when
+ * the program asks for it. */
+static void a_call_by_id_ends_at_its_deadline_without_a_driver(void **state)
+{
+    crpc_channel_options o = CRPC_INIT;
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_channel *ch;
+    crpc_error error;
+    crpc_id id;
+    peer silent;
+    int by_wait;
+    (void)state;
+    net_time_begin(NET_TIME_STANDS);
+    peer_open(&silent, peer_silent, NULL);
+    o.private_loop = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.private_loop.forbid_threads = 1;
+    o.private_loop.hooks.clock_us = net_clock_us;
+    o.policy.timeout_ms = 100;
+    assert_int_equal(crpc_channel_open(&ch, silent.url, &o, &error), CRPC_OK);
+    for (by_wait = 0; by_wait < 2; by_wait++) {
+        assert_int_equal(dyn_Echo_Add_begin(ch, &in, &id, NULL), CRPC_OK);
+        assert_int_equal(crpc_channel_poll(ch, id), CRPC_EPENDING);
+        assert_int_equal(crpc_channel_wait(ch, id, 0), CRPC_EPENDING);
+        net_time_add(101);
+        assert_int_equal(by_wait ? crpc_channel_wait(ch, id, 0) : crpc_channel_poll(ch, id),
+                         CRPC_OK);
+        assert_int_equal(dyn_Echo_Add_fetch(ch, id, &out, NULL), CRPC_ETIMEDOUT);
+    }
+    crpc_channel_close(ch);
+    peer_close(&silent);
+}
+
 /* A peer that answers every request with an empty message. */
 static bool peer_answers(peer *p, int fd, int number)
 {
@@ -752,6 +784,7 @@ int main(void)
         CT_TEST(an_interceptor_can_end_a_call),
         CT_TEST(waiting_inside_a_callback_is_refused),
         CT_TEST(without_threads_a_callback_needs_a_driver),
+        CT_TEST(a_call_by_id_ends_at_its_deadline_without_a_driver),
         CT_TEST(clients_survive_being_out_of_memory),
     };
     return CT_RUN(tests);

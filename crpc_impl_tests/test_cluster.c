@@ -354,6 +354,22 @@ static void a_backup_request_is_sent_for_idempotent_calls(void **state)
     }
 }
 
+/* Providers that are slow because they have too much to do do not get twice as much. */
+static void backup_requests_have_the_budget_of_retries(void **state)
+{
+    enum { CALLS = 30 };
+    fleet f;
+    int i;
+    (void)state;
+    fleet_open(&f, 2, "?backup_ms=1&retry_budget=5&timeout_ms=20", NULL);
+    fleet_mood_set(&f.peers[0], FLEET_SILENT);
+    fleet_mood_set(&f.peers[1], FLEET_SILENT);
+    for (i = 0; i < CALLS; i++)
+        fleet_call(&f, FORM_SYNC, true, i, NULL);
+    assert_true(fleet_calls(&f) <= CALLS + 5);
+    fleet_close(&f);
+}
+
 static void no_backup_request_is_sent_for_calls_that_are_not_idempotent(void **state)
 {
     fleet_form form;
@@ -721,6 +737,7 @@ int main(void)
         CT_TEST(failback_binds_a_request_to_no_server),
         CT_TEST(failback_is_bounded),
         CT_TEST(a_backup_request_is_sent_for_idempotent_calls),
+        CT_TEST(backup_requests_have_the_budget_of_retries),
         CT_TEST(no_backup_request_is_sent_for_calls_that_are_not_idempotent),
         CT_TEST(a_backup_request_outlives_the_first_attempt),
         CT_TEST(a_one_way_call_is_not_sent_again),

@@ -84,6 +84,127 @@ static void an_idle_loop_gives_memory_back_and_sleeps(void **state)
     }
 }
 
+/* A channel, and what a callback of its loop does with it. */
+typedef struct late_call {
+    crpc_channel *channel;
+    done_log done;
+    int timeout_ms, go;
+    int64_t before_us, deadline_us;
+} late_call;
+
+/* A script: answers one request when *user is set. */
+static bool peer_waits(peer *p, int fd, int number)
+{
+    wire_message m;
+    wire w = {NULL, 0, 0};
+    (void)number;
+    if (peer_receive(p, fd, &m) != 1 ||
+        !CT_WAIT(__atomic_load_n((int *)p->user, __ATOMIC_SEQ_CST), NET_PATIENCE))
+        return true;
+    wire_reply(&w, m.id, m.n + 1);
+    wire_done(&m);
+    wire_flush(fd, &w);
+    return peer_silent(p, fd, number);
+}
+
+/* The program computes until the reply has long come and the deadline of its call has passed. */
+static void compute_past_the_deadline(void *user)
+{
+    crpc_channel *ch = ((late_call *)user)->channel;
+    struct pollfd wait = {0, POLLIN, 0};
+    __atomic_store_n(&((late_call *)user)->go, 1, __ATOMIC_SEQ_CST);
+    crpci_loop_lock(ch->loop);
+    wait.fd = CRPCI_CONTAINER(ch->loop->conns.next, crpci_conn, link)->fd;
+    crpci_loop_unlock(ch->loop);
+    assert_int_equal(poll(&wait, 1, NET_PATIENCE), 1);
+    net_time_add(500);
+}
+
+/* What a callback posts runs at the end of the step, behind the events. */
+static void compute_after_the_events(void *user)
+{
+    assert_int_equal(
+        crpc_loop_post(((late_call *)user)->channel->loop, compute_past_the_deadline, user),
+        CRPC_OK);
+}
+
+static void a_reply_that_came_in_time_is_in_time(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_loop_options o = net_loop_options(p);
+        late_call late;
+        crpc_loop *l;
+        peer waits;
+        crpc_call call = CRPC_INIT;
+        dyn_Num in = net_num(1);
+        int i;
+        net_time_begin(NET_TIME_STANDS);
+        o.hooks.clock_us = net_clock_us;
+        memset(&late, 0, sizeof late);
+        peer_open(&waits, peer_waits, &late.go);
+        assert_int_equal(crpc_loop_open(&l, &o), CRPC_OK);
+        late.channel = net_channel(waits.url, NULL, p, l, NULL);
+        done_init(&late.done);
+        assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+        call.policy.timeout_ms = 300;
+        assert_int_equal(dyn_Echo_Add_async(late.channel, &in, done_num, &late.done, &call),
+                         CRPC_OK);
+        while (crpc_loop_step(l, 1) == CRPC_OK && !peer_requests(&waits)) {
+        }
+        assert_int_equal(crpc_loop_post(l, compute_after_the_events, &late), CRPC_OK);
+        for (i = 0; i < 5; i++)
+            assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+        assert_int_equal(done_count(&late.done), 1);
+        assert_int_equal(late.done.status, CRPC_OK);
+        crpc_channel_close(late.channel);
+        crpc_loop_close(l);
+        peer_close(&waits);
+    }
+}
+
+/* Computes for a part of the coarse clock's step, then calls. */
+static void compute_and_call(void *user)
+{
+    late_call *c = (late_call *)user;
+    crpc_loop *l = c->channel->loop;
+    crpc_call call = CRPC_INIT;
+    dyn_Num in = net_num(1);
+    int64_t until = crpc_loop_now_us(l) + 1500;
+    while (crpc_loop_now_us(l) < until) {
+    }
+    call.policy.timeout_ms = c->timeout_ms;
+    c->before_us = crpc_loop_now_us(l);
+    assert_int_equal(dyn_Echo_Add_async(c->channel, &in, done_num, &c->done, &call), CRPC_OK);
+    crpci_loop_lock(l);
+    c->deadline_us = CRPCI_CONTAINER(c->channel->calls.next, crpci_pending_call, of_channel)
+                         ->attempt.deadline_us;
+    crpci_loop_unlock(l);
+}
+
+static void a_short_deadline_counts_from_the_call(void **state)
+{
+    late_call c;
+    peer silent;
+    int i;
+    (void)state;
+    peer_open(&silent, peer_silent, NULL);
+    memset(&c, 0, sizeof c);
+    c.channel = net_channel(silent.url, NULL, CRPC_POLLER_DEFAULT, NULL, NULL);
+    for (i = 0; i < 20; i++) { /* the coarse clock must not step in all of them */
+        c.timeout_ms = i & 1 ? 2 : 50;
+        done_init(&c.done);
+        assert_int_equal(crpc_loop_post(c.channel->loop, compute_and_call, &c), CRPC_OK);
+        while (!done_count(&c.done))
+            assert_int_equal(crpc_loop_step(c.channel->loop, 10), CRPC_OK);
+        assert_true(c.deadline_us >= c.before_us + c.timeout_ms * 1000);
+    }
+    crpc_channel_close(c.channel);
+    peer_close(&silent);
+}
+
 static int nested[6];
 
 static void use_from_inside(void *user)
@@ -526,6 +647,8 @@ int main(void)
     static const struct CMUnitTest tests[] = {
         CT_TEST(steps_wait_as_long_as_they_are_told),
         CT_TEST(an_idle_loop_gives_memory_back_and_sleeps),
+        CT_TEST(a_reply_that_came_in_time_is_in_time),
+        CT_TEST(a_short_deadline_counts_from_the_call),
         CT_TEST(one_thread_drives_at_a_time),
         CT_TEST(stopping_is_remembered_once),
         CT_TEST(a_loop_can_be_started_again),

@@ -790,6 +790,65 @@ static void a_timeout_closes_the_connection_of_such_a_peer(void **state)
     }
 }
 
+/* A script: keeps requests whose n is 13, and answers them before one whose n is 7. */
+static bool peer_keeps(peer *p, int fd, int number)
+{
+    int64_t kept[8];
+    int count = 0, i;
+    wire_message m;
+    (void)number;
+    while (peer_receive(p, fd, &m) == 1) {
+        wire w = {NULL, 0, 0};
+        if (m.n == 13 && count < 8)
+            kept[count++] = m.id;
+        for (i = 0; m.n == 7 && i < count; i++)
+            wire_reply(&w, kept[i], 14);
+        if (m.n != 13)
+            wire_reply(&w, m.id, m.n + 1);
+        count = m.n == 7 ? 0 : count;
+        wire_done(&m);
+        if (!wire_flush(fd, &w))
+            break;
+    }
+    return true;
+}
+
+/* A call that ends early keeps its slot until the late reply comes, and its neighbours their
+ * connection. When all slots are taken so, the connection is given up. */
+static void a_cancelled_call_leaves_its_neighbours_alone(void **state)
+{
+    enum { SLOTS = 3 };
+    peer keeps;
+    crpc_channel *ch;
+    crpc_id ids[SLOTS];
+    dyn_Num in = net_num(13), out = dyn_Num_init_zero;
+    int i;
+    (void)state;
+    peer_open(&keeps, peer_keeps, NULL);
+    ch = net_channel(keeps.url, "?timeout_ms=20000&inflight=3", CRPC_POLLER_DEFAULT, NULL, NULL);
+    for (i = 0; i < 2; i++)
+        assert_int_equal(dyn_Echo_Add_begin(ch, &in, &ids[i], NULL), CRPC_OK);
+    assert_true(CT_WAIT(peer_requests(&keeps) == 2, NET_PATIENCE));
+    assert_int_equal(crpc_channel_cancel(ch, ids[0]), CRPC_OK);
+    net_check_add(ch, 1); /* by the third slot */
+    net_check_add(ch, 7);
+    assert_int_equal(crpc_channel_wait(ch, ids[1], NET_PATIENCE), CRPC_OK);
+    assert_int_equal(dyn_Echo_Add_fetch(ch, ids[1], &out, NULL), CRPC_OK);
+    assert_int_equal(out.n, 14);
+    assert_int_equal(net_late_replies(ch), 1);
+    for (i = 0; i < SLOTS; i++) /* all slots are free again */
+        assert_int_equal(dyn_Echo_Add_begin(ch, &in, &ids[i], NULL), CRPC_OK);
+    assert_true(CT_WAIT(peer_requests(&keeps) == 4 + SLOTS, NET_PATIENCE));
+    assert_int_equal(peer_accepted(&keeps), 1);
+    for (i = 0; i < SLOTS; i++)
+        assert_int_equal(crpc_channel_cancel(ch, ids[i]), CRPC_OK);
+    net_check_add(ch, 7);
+    assert_int_equal(peer_accepted(&keeps), 2);
+    assert_int_equal(net_late_replies(ch), 1);
+    crpc_channel_close(ch);
+    peer_close(&keeps);
+}
+
 /* A call that waits for a slot is not sent, and its error says so. */
 static void what_waits_for_a_slot_is_not_sent(void **state)
 {
@@ -850,6 +909,30 @@ static void closing_with_calls_that_wait_for_a_slot(void **state)
     free(bytes);
 }
 
+/* The connection closes with the call that has its only slot; nobody is left for whom to dial. */
+static void closing_with_waiting_calls_dials_for_nobody(void **state)
+{
+    peer keeps;
+    crpc_channel *ch;
+    crpc_id ids[4];
+    dyn_Num in = net_num(13);
+    int i, fd;
+    (void)state;
+    peer_open(&keeps, peer_keeps, NULL);
+    ch = net_channel(keeps.url, "?timeout_ms=60000&inflight=1", CRPC_POLLER_DEFAULT, NULL, NULL);
+    net_check_add(ch, 1); /* no backoff holds up a dial */
+    for (i = 0; i < 4; i++)
+        assert_int_equal(dyn_Echo_Add_begin(ch, &in, &ids[i], NULL), CRPC_OK);
+    assert_true(CT_WAIT(peer_requests(&keeps) == 2, NET_PATIENCE));
+    crpc_channel_close(ch);
+    fd = wire_connect(keeps.url); /* the peer accepts this one behind all others */
+    net_send(fd, "Add", 1, "", 0, NULL);
+    assert_true(CT_WAIT(peer_requests(&keeps) == 3, NET_PATIENCE));
+    assert_int_equal(peer_accepted(&keeps), 2);
+    close(fd);
+    peer_close(&keeps);
+}
+
 /* A script: answers one request, then closes the idle connection, or resets it if user is set. */
 static bool peer_answers_once(peer *p, int fd, int number)
 {
@@ -885,6 +968,35 @@ static uint32_t connections(crpc_loop *l)
     crpc_loop_stats stats;
     crpc_loop_stats_get(l, &stats);
     return stats.connections;
+}
+
+/* A peer that takes a one-way call and closes the connection when it is idle has not failed: the
+ * next call dials again at once. The time stands, so that no backoff would end. */
+static void one_way_calls_prove_a_connection(void **state)
+{
+    crpc_loop_options o = net_loop_options(CRPC_POLLER_DEFAULT);
+    peer takes;
+    crpc_loop *l;
+    crpc_channel *ch;
+    dyn_Num in = net_num(1);
+    int64_t end = ct_now_ms() + NET_PATIENCE;
+    int i;
+    (void)state;
+    net_time_begin(NET_TIME_STANDS);
+    o.hooks.clock_us = net_clock_us;
+    assert_int_equal(crpc_loop_open(&l, &o), CRPC_OK);
+    peer_open(&takes, peer_hangs_up, NULL);
+    ch = net_channel(takes.url, NULL, CRPC_POLLER_DEFAULT, l, NULL);
+    assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+    for (i = 1; i <= 20; i++) {
+        assert_int_equal(dyn_Echo_Add_notify(ch, &in, NULL), CRPC_OK);
+        while ((peer_requests(&takes) < i || connections(l)) && ct_now_ms() < end)
+            assert_int_equal(crpc_loop_step(l, 1), CRPC_OK);
+        assert_int_equal(peer_requests(&takes), i);
+    }
+    crpc_channel_close(ch);
+    crpc_loop_close(l);
+    peer_close(&takes);
 }
 
 static void an_idle_connection_that_ended_is_dialled_again(void **state)
@@ -1176,8 +1288,11 @@ int main(void)
         CT_TEST(the_limit_of_the_queue_is_exact),
         CT_TEST(one_at_a_time_for_peers_that_cannot_pipeline),
         CT_TEST(a_timeout_closes_the_connection_of_such_a_peer),
+        CT_TEST(a_cancelled_call_leaves_its_neighbours_alone),
         CT_TEST(what_waits_for_a_slot_is_not_sent),
         CT_TEST(closing_with_calls_that_wait_for_a_slot),
+        CT_TEST(closing_with_waiting_calls_dials_for_nobody),
+        CT_TEST(one_way_calls_prove_a_connection),
         CT_TEST(an_idle_connection_that_ended_is_dialled_again),
         CT_TEST(a_server_that_comes_back_is_found_again),
         CT_TEST(channels_of_a_loop_share_connections),

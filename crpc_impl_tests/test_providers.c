@@ -124,6 +124,29 @@ static void a_provider_that_backs_off_is_passed_over(void **state)
     turns_close(&t);
 }
 
+/* A provider that did not connect gets no call while another one can have it; when its backoff is
+ * over, a call that passes over it has the loop dial in the background. */
+static void a_provider_that_did_not_connect_is_dialled_in_the_background(void **state)
+{
+    turns t;
+    size_t i;
+    (void)state;
+    turns_open(&t);
+    t.order[1]->refused = true;
+    for (i = 0; i < 30; i++)
+        assert_ptr_not_equal(pick(t.channel, &t.call), t.order[1]);
+    assert_int_equal(t.order[1]->dialled_at, 0);
+    while (!t.order[1]->failures) /* nobody listens at its port */
+        assert_int_equal(crpc_loop_step(t.loop, 1), CRPC_OK);
+    assert_true(t.order[1]->dialled_at > 0);
+    assert_true(t.order[1]->refused);
+    t.order[0]->refused = t.order[2]->refused = true;
+    t.order[2]->usable_at = 0;
+    t.order[0]->usable_at = t.order[1]->usable_at = INT64_MAX;
+    assert_ptr_equal(pick(t.channel, &t.call), t.order[2]); /* no other one is left */
+    turns_close(&t);
+}
+
 static void a_provider_that_was_tried_is_not_picked_again(void **state)
 {
     turns t;
@@ -455,6 +478,194 @@ static void a_flood_of_changes_is_followed(void **state)
     }
 }
 
+/* The process has no descriptor left: calls go to the provider that is connected, whatever turn it
+ * is, and neither providers nor the retry budget are charged. */
+static void calls_go_to_connected_providers_when_descriptors_run_out(void **state)
+{
+    enum { PEERS = 4 };
+    static const char *const balancers[] = {"rr", "wrr", "random", "la", "p2c"};
+    size_t b;
+    (void)state;
+    for (b = 0; b < sizeof balancers / sizeof *balancers; b++) {
+        peer p[PEERS];
+        char list[200] = "list://", query[100];
+        crpc_channel *ch;
+        struct rlimit limit, none;
+        int i, free_fd;
+        for (i = 0; i < PEERS; i++) {
+            peer_open(&p[i], peer_adds, NULL);
+            snprintf(list + strlen(list), sizeof list - strlen(list), "%s127.0.0.1:%d",
+                     i ? "," : "", p[i].port);
+        }
+        snprintf(query, sizeof query, "?lb=%s&retries=-1&breaker=1&timeout_ms=20000", balancers[b]);
+        ch = net_channel(list, query, CRPC_POLLER_DEFAULT, NULL, NULL);
+        net_check_add(ch, 0);
+        assert_int_equal(getrlimit(RLIMIT_NOFILE, &limit), 0);
+        none = limit;
+        free_fd = dup(0);
+        close(free_fd);
+        none.rlim_cur = (rlim_t)free_fd;
+        assert_int_equal(setrlimit(RLIMIT_NOFILE, &none), 0);
+        for (i = 0; i < 40; i++) {
+            dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+            crpc_call call = CRPC_INIT;
+            int err = dyn_Echo_Add(ch, &in, &out, &call);
+            crpc_call_reset(&call);
+            if (err) {
+                setrlimit(RLIMIT_NOFILE, &limit);
+                fail_msg("%s, call %d: %s", balancers[b], i, call.error.text);
+            }
+        }
+        assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
+        assert_int_equal(ch->budget.tokens.tenths, ch->budget.tokens.most);
+        for (i = 0; i < PEERS; i++) {
+            const crpci_member *m = crpci_providers_at(&ch->providers, (size_t)i);
+            assert_int_equal(m->breaker.slices[m->breaker.slice & (CRPCI_BREAKER_SLICES - 1)].errors,
+                             0);
+            assert_false(crpci_endpoint_is_dead(m->endpoint));
+        }
+        crpc_channel_close(ch);
+        for (i = 0; i < PEERS; i++)
+            peer_close(&p[i]);
+    }
+}
+
+/* --- a provider that answers with errors at once, in a time that only the test moves ------------ */
+
+static int64_t crowd_now_us;
+
+static int64_t crowd_clock(void *user)
+{
+    (void)user;
+    return crowd_now_us;
+}
+
+enum { CROWD_CALLERS = 8, CROWD_PROVIDERS = 4 };
+
+/* Callers that call on and on, one attempt a call, without a socket. */
+typedef struct crowd {
+    crpc_channel *channel;
+    int code; /* what the first provider answers within 100 us. 0: it is well */
+    crpci_member *at[CROWD_CALLERS];
+    int64_t start_us[CROWD_CALLERS], end_us[CROWD_CALLERS];
+    int calls, failed, first; /* since crowd_run began; those that went to the first provider */
+} crowd;
+
+static void crowd_begin(crowd *c, int i)
+{
+    crpci_providers *p = &c->channel->providers;
+    crpci_tried tried;
+    uint32_t ms;
+    bool first;
+    memset(&tried, 0, sizeof tried);
+    c->at[i] = crpci_providers_pick(p, &tried, NULL, 1 + ct_random());
+    assert_non_null(c->at[i]);
+    first = c->at[i]->balance.index == 0;
+    ms = 8 + (uint32_t)(ct_random() % 4);
+    c->start_us[i] = crowd_now_us;
+    c->end_us[i] = crowd_now_us + (first && c->code ? 100 : ms * 1000);
+    crpci_providers_begin(p, c->at[i], crowd_now_us);
+}
+
+static void crowd_end(crowd *c, int i)
+{
+    bool first = c->at[i]->balance.index == 0;
+    int code = first ? c->code : 0;
+    c->calls++;
+    c->failed += code != 0;
+    c->first += first;
+    crpci_providers_end(&c->channel->providers, c->at[i], crpci_attempt_outcome(code),
+                        crowd_now_us - c->start_us[i], crowd_now_us);
+    c->at[i] = NULL;
+}
+
+/* Lets the callers call for some seconds. */
+static void crowd_run(crowd *c, int code, int seconds)
+{
+    crpc_loop *l = c->channel->loop;
+    int64_t until = crowd_now_us + seconds * INT64_C(1000000);
+    int i, next;
+    c->code = code;
+    c->calls = c->failed = c->first = 0;
+    crpci_loop_lock(l);
+    while (crowd_now_us < until) {
+        l->fresh = false;
+        for (i = 0; i < CROWD_CALLERS; i++) {
+            if (!c->at[i])
+                crowd_begin(c, i);
+        }
+        for (next = i = 0; i < CROWD_CALLERS; i++)
+            next = c->end_us[i] < c->end_us[next] ? i : next;
+        crowd_now_us = c->end_us[next];
+        l->fresh = false;
+        crowd_end(c, next);
+    }
+    crpci_loop_unlock(l);
+}
+
+static void crowd_open(crowd *c, const char *query)
+{
+    crpc_channel_options o = CRPC_INIT;
+    char url[200];
+    memset(c, 0, sizeof *c);
+    crowd_now_us = INT64_C(1000000000);
+    o.private_loop = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.private_loop.hooks.clock_us = crowd_clock;
+    snprintf(url, sizeof url, "list://127.0.0.1:1,127.0.0.1:2,127.0.0.1:3,127.0.0.1:4%s", query);
+    assert_int_equal(crpc_channel_open(&c->channel, url, &o, NULL), CRPC_OK);
+}
+
+static void crowd_close(crowd *c)
+{
+    int i;
+    crpci_loop_lock(c->channel->loop);
+    for (i = 0; i < CROWD_CALLERS; i++) {
+        if (c->at[i])
+            crowd_end(c, i);
+    }
+    crpci_loop_unlock(c->channel->loop);
+    crpc_channel_close(c->channel);
+}
+
+/* At most 1 per cent of the calls go to a provider that refuses at once, whatever the balancer, with
+ * and without a breaker. When it has room again it gets its share back. */
+static void a_provider_that_refuses_does_not_attract_calls(void **state)
+{
+    static const char *const balancers[] = {"rr", "wrr", "random", "wrandom", "la", "hash", "p2c"};
+    size_t i;
+    (void)state;
+    for (i = 0; i < 2 * sizeof balancers / sizeof *balancers; i++) {
+        crowd c;
+        char query[64];
+        snprintf(query, sizeof query, "?lb=%s&breaker=%d", balancers[i / 2], (int)(i & 1));
+        crowd_open(&c, query);
+        crowd_run(&c, 0, 5);
+        crowd_run(&c, CRPC_ELIMIT, 20);
+        if (c.failed * 100 > c.calls)
+            fail_msg("%s: %d of %d calls failed", query, c.failed, c.calls);
+        crowd_run(&c, 0, 60);
+        crowd_run(&c, 0, 10);
+        if (c.first * 100 < c.calls * 15)
+            fail_msg("%s: %d of %d calls, and it is well again", query, c.first, c.calls);
+        crowd_close(&c);
+    }
+}
+
+/* Under least active a provider that fails at once has no calls in flight. */
+static void a_provider_that_fails_at_once_does_not_attract_calls(void **state)
+{
+    crowd c;
+    (void)state;
+    crowd_open(&c, "?lb=la");
+    crowd_run(&c, CRPC_EINTERNAL, 20);
+    if (c.failed * 100 > c.calls)
+        fail_msg("%d of %d calls failed", c.failed, c.calls);
+    crowd_run(&c, 0, 3);
+    crowd_run(&c, 0, 10);
+    assert_true(c.first * 100 >= c.calls * 15);
+    crowd_close(&c);
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
@@ -462,6 +673,7 @@ int main(void)
         CT_TEST(no_call_fails_when_a_provider_ends),
         CT_TEST(providers_are_picked_in_turn),
         CT_TEST(a_provider_that_backs_off_is_passed_over),
+        CT_TEST(a_provider_that_did_not_connect_is_dialled_in_the_background),
         CT_TEST(a_provider_that_was_tried_is_not_picked_again),
         CT_TEST(the_breaker_takes_a_provider_out_and_lets_it_back),
         CT_TEST(the_breaker_does_not_eject_everyone),
@@ -473,6 +685,9 @@ int main(void)
         CT_TEST(max_endpoints_of_a_url_are_chosen_again),
         CT_TEST(a_list_does_not_begin_a_warm_up_again),
         CT_TEST(a_flood_of_changes_is_followed),
+        CT_TEST(calls_go_to_connected_providers_when_descriptors_run_out),
+        CT_TEST(a_provider_that_refuses_does_not_attract_calls),
+        CT_TEST(a_provider_that_fails_at_once_does_not_attract_calls),
     };
     return CT_RUN(tests);
 }
