@@ -11506,9 +11506,12 @@ typedef struct crpci_subscriber {
     void *user;
     crpci_directory_caller caller;
     crpci_snapshot *last;  /* the list that it took last; NULL: none yet */
+    crpci_snapshot *fuller; /* `last` before it became shorter; NULL: it has not, of late */
+    int64_t fuller_us;      /* when it did */
     int64_t first_us;      /* before this time an empty first list is withheld */
     int64_t hold_until_us; /* end of protection; 0: `last` has no kept providers */
     bool doubted;          /* its list is stale: providers missing in the next one are kept */
+    bool wiped;            /* ... and those of `fuller` too: the registry has lost its data */
     bool warned;           /* keeping the last good list was logged */
     bool ended;            /* removed: nothing is pushed any more */
 } crpci_subscriber;
@@ -11553,6 +11556,7 @@ CRPCI_FN void crpci_directory_subscriber_unref(crpci_subscriber *s)
     if (--s->refs)
         return;
     crpci_directory_snapshot_unref(s->last);
+    crpci_directory_snapshot_unref(s->fuller);
     crpci_names_release(d->loop->heap, &s->want);
     crpci_heap_free(d->loop->heap, s, s->size);
     crpci_directory_unref(d);
@@ -11618,7 +11622,8 @@ CRPCI_FN crpci_snapshot *crpci_directory_protect(const crpci_subscriber *s,
 {
     const crpci_directory *d = s->directory;
     bool hold = !list || (list->count && crpci_loop_now(d->loop) < s->hold_until_us);
-    size_t listed = list ? list->count : 0, kept = hold && s->last ? s->last->count : 0, i;
+    size_t listed = list ? list->count : 0, last = hold && s->last ? s->last->count : 0, i;
+    size_t kept = last + (hold && s->wiped && s->fuller ? s->fuller->count : 0);
     crpci_snapshot *out = crpci_directory_snapshot(d->loop->heap, listed + kept);
     if (!out)
         return NULL;
@@ -11627,7 +11632,7 @@ CRPCI_FN crpci_snapshot *crpci_directory_protect(const crpci_subscriber *s,
     out->count = listed;
     for (i = 0; i < kept; i++) {
         crpci_provider *p = &out->providers[out->count];
-        *p = s->last->providers[i];
+        *p = i < last ? s->last->providers[i] : s->fuller->providers[i - last];
         if (list && !s->doubted && !p->kept)
             continue;
         p->kept = p->kept || list;
@@ -11657,6 +11662,7 @@ CRPCI_FN bool crpci_directory_propose(crpci_subscriber *s, const crpci_snapshot 
     s->doubted = !list; /* before the push, which unlocks: the registry may go away meanwhile */
     taken = crpci_directory_push(s, out);
     s->doubted = s->doubted || (doubted && !taken);
+    s->wiped = s->wiped && !taken; /* `last` has all of them now */
     return taken;
 }
 
@@ -11688,6 +11694,24 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
     return taken;
 }
 
+/* Recognises a registry that has lost its data, by a list of less than a quarter of the providers
+ * that were known within hold_us: a subscriber may read while nodes are being deleted, or not before
+ * the first providers are back, and never see the directory empty. */
+CRPCI_FN void crpci_directory_suspect(crpci_subscriber *s, const crpci_snapshot *list)
+{
+    int64_t now = crpci_loop_now(s->directory->loop);
+    if (!s->last || s->doubted || s->hold_until_us || list->count >= s->last->count)
+        return;
+    if (!s->fuller || now - s->fuller_us >= s->directory->hold_us) {
+        crpci_directory_snapshot_unref(s->fuller);
+        crpci_directory_snapshot_ref(s->last);
+        s->fuller = s->last;
+        s->fuller_us = now;
+    }
+    s->wiped = s->directory->hold_us && list->count < (s->fuller->count + 3) / 4;
+    s->doubted = s->wiped;
+}
+
 /* Makes a subscriber's list from a report and offers it. Unlocks. */
 CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, const crpci_directory_report *r)
 {
@@ -11708,6 +11732,8 @@ CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, const crpci_directory_r
                        "they are ignored",
                        d->name, bad);
     d->names_warned = d->names_warned || bad;
+    if (list)
+        crpci_directory_suspect(s, list);
     taken = list && crpci_directory_deliver(s, list, r->whole && !bad);
     crpci_directory_snapshot_unref(list);
     return taken;
@@ -11916,7 +11942,7 @@ CRPCI_COLD void crpci_directory_recall(crpci_subscriber *s)
     crpci_names_free(h, &override_names);
     crpci_loop_lock(d->loop);
     if (list && list->count && !s->last && !s->ended) {
-        list->stale = true;
+        list->stale = s->doubted = true;
         (void)crpci_directory_push(s, list);
     } else {
         crpci_directory_snapshot_unref(list);
