@@ -481,10 +481,12 @@
  * list. While ZooKeeper is away, or answers with an empty list, the last non-empty list stays in
  * use. When ZooKeeper is back, a provider that it does not list yet stays in use for two seconds
  * and a session timeout more, so that the first provider to register again does not get the load of
- * all. A session that has expired, or has been cut off for twice its timeout, is replaced and
- * everything is registered again; so is a node that somebody removed. The ZooKeeper client gets
- * numeric addresses only; host names are resolved when a channel or a server opens. The client's
- * sockets are not close-on-exec, so a program that execs must close them in the child.
+ * all. A list that shrinks to less than a quarter within that time is taken for one that was wiped,
+ * and its providers stay in use as long. A session that has expired, or has been cut off for twice
+ * its timeout, is replaced and everything is registered again; so is a node that somebody removed.
+ * The ZooKeeper client gets numeric addresses only; host names are resolved when a channel or a
+ * server opens. The client's sockets are not close-on-exec, so a program that execs must close them
+ * in the child.
  *
  * Two registries need no server. Both need a loop that is driven.
  *
@@ -11695,8 +11697,8 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
 }
 
 /* Recognises a registry that has lost its data, by a list of less than a quarter of the providers
- * that were known within hold_us: a subscriber may read while nodes are being deleted, or not before
- * the first providers are back, and never see the directory empty. */
+ * that were known within hold_us: a subscriber that reads while nodes are being deleted, or only
+ * after the first providers are back, never sees the directory empty. */
 CRPCI_FN void crpci_directory_suspect(crpci_subscriber *s, const crpci_snapshot *list)
 {
     int64_t now = crpci_loop_now(s->directory->loop);
@@ -14795,8 +14797,8 @@ CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
  *                                                                  another session's: EVICT
  *     OWNED   this session's, as of late       exists, every       as in CHECK
  *                                              check_us
- *     EVICT   another session's, perhaps of    delete              gone: CREATE
- *             an earlier run of this program
+ *     EVICT   another session's, perhaps of    delete and create,  ok: OWNED; gone: CREATE;
+ *             an earlier run of this program   in one multi        no answer: CHECK
  *     REMOVE  ours, not wanted (any more)      delete              gone: FIND if there may be a
  *                                                                  second one, else ABSENT
  *
@@ -14854,6 +14856,9 @@ struct crpci_zk_own {
     char *prefix;
     unsigned failures;
     unsigned fights; /* how often in a row the node was another session's */
+    crpci_zk_multi exchange; /* EVICT's request: consumers see no list without the node */
+    zoo_op_t exchange_ops[2];
+    zoo_op_result_t exchange_results[2];
 };
 
 /* Replaces own->path or own->prefix. */
@@ -14939,12 +14944,24 @@ CRPCI_FN bool crpci_zk_node_own_name(crpci_zk_own *own)
     return true;
 }
 
+/* Fills in EVICT's transaction: another session's node is replaced by ours. */
+CRPCI_FN const crpci_zk_multi *crpci_zk_node_own_exchange(crpci_zk_own *own)
+{
+    zoo_delete_op_init(&own->exchange_ops[0], own->path, -1);
+    zoo_create_op_init(&own->exchange_ops[1], own->path, own->data, own->size,
+                       crpci_zk_session_acl(0), ZOO_EPHEMERAL, NULL, 0);
+    own->exchange.count = 2;
+    own->exchange.ops = own->exchange_ops;
+    own->exchange.results = own->exchange_results;
+    return &own->exchange;
+}
+
 /* The state's request, by the table above. The wish may have changed while a parent was created. */
 CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
 {
     static const uint8_t verbs[] = {CRPCI_ZK_STAT,   CRPCI_ZK_CREATE, CRPCI_ZK_LIST,
                                     CRPCI_ZK_CREATE, CRPCI_ZK_STAT,   CRPCI_ZK_STAT,
-                                    CRPCI_ZK_DELETE, CRPCI_ZK_DELETE};
+                                    CRPCI_ZK_MULTI,  CRPCI_ZK_DELETE};
     crpci_zk_own *own = CRPCI_CONTAINER(job, crpci_zk_own, job);
     crpci_zk_node_own_next(own);
     if (own->state == CRPCI_ZK_OWN_CREATE && !crpci_zk_node_own_name(own))
@@ -14956,6 +14973,8 @@ CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
     o->size = own->size;
     o->flags = CRPC_NODE_EPHEMERAL | CRPC_NODE_PARENTS;
     o->flags |= own->sequential ? CRPC_NODE_SEQUENTIAL : 0;
+    if (own->state == CRPCI_ZK_OWN_EVICT)
+        o->multi = crpci_zk_node_own_exchange(own);
     return o->path != NULL;
 }
 
@@ -15047,11 +15066,24 @@ CRPCI_FN void crpci_zk_node_own_lose(crpci_zk_own *own, bool foreign)
             own, crpci_zk_job_backoff(own->job.session, own->fights - CRPCI_ZK_NODE_FIGHTS));
 }
 
+/* The answer to EVICT's transaction. */
+CRPCI_FN void crpci_zk_node_own_exchanged(crpci_zk_own *own, int64_t sent_us, int rc)
+{
+    if (rc == ZOK)
+        crpci_zk_node_own_mine(own, sent_us, NULL);
+    else if (rc == ZNONODE) /* the other session has ended meanwhile */
+        crpci_zk_node_own_to(own, CRPCI_ZK_OWN_CREATE);
+    else
+        crpci_zk_node_own_fail(own, rc, zerror(rc));
+}
+
 CRPCI_FN void crpci_zk_node_own_answered(crpci_zk_own *own, const crpci_zk_request *q,
                                          const crpci_zk_answer *a)
 {
     bool creates = q->order.verb == CRPCI_ZK_CREATE;
-    if (a->rc == ZNODEEXISTS && creates) {
+    if (own->state == CRPCI_ZK_OWN_EVICT) {
+        crpci_zk_node_own_exchanged(own, q->sent_us, a->rc);
+    } else if (a->rc == ZNODEEXISTS && creates) {
         crpci_zk_node_own_to(own, CRPCI_ZK_OWN_CHECK);
     } else if (a->rc != ZOK && (creates || a->rc != ZNONODE)) {
         if (own->state == CRPCI_ZK_OWN_CREATE) /* nothing was made */
@@ -15061,8 +15093,6 @@ CRPCI_FN void crpci_zk_node_own_answered(crpci_zk_own *own, const crpci_zk_reque
         crpci_zk_node_own_made(own, q->sent_us, a->text);
     } else if (own->state == CRPCI_ZK_OWN_FIND) {
         crpci_zk_node_own_found(own, q->sent_us, a);
-    } else if (own->state == CRPCI_ZK_OWN_EVICT) {
-        crpci_zk_node_own_to(own, CRPCI_ZK_OWN_CREATE);
     } else if (own->state == CRPCI_ZK_OWN_REMOVE) {
         crpci_zk_node_own_set(own, &own->path, NULL);
         crpci_zk_node_own_to(own, own->prefix ? CRPCI_ZK_OWN_FIND : CRPCI_ZK_OWN_ABSENT);
@@ -15101,7 +15131,9 @@ CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
         crpci_zk_node_own_answered(own, q, a);
         break;
     case CRPCI_ZK_DOUBTED:
-        crpci_zk_node_own_to(own, own->prefix && !own->path ? CRPCI_ZK_OWN_FIND : own->state);
+        crpci_zk_node_own_to(own, own->prefix && !own->path            ? CRPCI_ZK_OWN_FIND
+                                  : own->state == CRPCI_ZK_OWN_EVICT ? CRPCI_ZK_OWN_CHECK
+                                                                     : own->state);
         crpci_zk_node_own_wait(own, crpci_zk_job_spread(s, CRPCI_ZK_JOB_RETRY_US, 50));
         break;
     case CRPCI_ZK_RESUMED: /* the local address may have changed: check soon */

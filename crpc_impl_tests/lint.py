@@ -34,8 +34,8 @@ EXTRA_TESTS = {
 }
 MAX_FUNCTION_LINES = 80
 LONG_FUNCTIONS = set()      # those that may be longer
-MAX_LINES = 26200           # of crpc.h
-MAX_CODE_LINES = 19250      # of its implementation, neither blank nor only comment
+MAX_LINES = 26600           # of crpc.h
+MAX_CODE_LINES = 19600      # of its implementation, neither blank nor only comment
 COMMENT_PERCENT = (10, 13)  # of the implementation's lines, those that are comments
 MAX_SECTION_LINES = 940
 LONG_SECTIONS = {}          # {tag: why it may be longer}
