@@ -488,6 +488,11 @@
  * server opens. The client's sockets are not close-on-exec, so a program that execs must close them
  * in the child.
  *
+ * The file of the option cache must be a regular file of the program's own user, in a directory that
+ * only this user can write to. It is synced to the disk by the client's thread; with
+ * libzookeeper_st, which has none, the new file is synced and renamed half a minute after it was
+ * written, when the kernel has done most of that. Closing writes what is left, and waits.
+ *
  * Two registries need no server. Both need a loop that is driven.
  *
  * file:///path names a file with a line for each provider. Only the address is required. A channel
@@ -10897,10 +10902,16 @@ CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
  * replaced as a whole, by renaming, and several programs, or loops of one program, may share it:
  * each keeps the lists of the others. In memory it is the same text without its first and last
  * line; the lines of one directory are called its part. The loop's lock guards the struct; the file
- * is read and written without it. */
-#define CRPCI_CACHE_HEAD "crpc-cache 1\n"
-#define CRPCI_CACHE_MAX  (1u << 20) /* largest file, in bytes */
-#define CRPCI_CACHE_MS   60000      /* default time between two writes: flash wears out */
+ * is read and written without it.
+ *
+ * A file is on the disk when fsync returns, which can take seconds. Where the client library has a
+ * thread, that thread waits. A loop without threads must wait itself: it writes the new file, and
+ * syncs it only CRPCI_CACHE_SETTLE_US later, when the kernel has written it by itself. */
+#define CRPCI_CACHE_HEAD      "crpc-cache 1\n"
+#define CRPCI_CACHE_MAX       (16u << 20) /* largest file, in bytes: some 40,000 providers */
+#define CRPCI_CACHE_MS        60000    /* default time between two writes: flash wears out */
+#define CRPCI_CACHE_SETTLE_US 35000000 /* Linux writes pages back that are 30 s old */
+#define CRPCI_CACHE_RETRY_US  1000000  /* least time between a failure and the next write */
 
 /* The cache file of one registry session. */
 typedef struct crpci_cache {
@@ -10910,20 +10921,24 @@ typedef struct crpci_cache {
     char *own;   /* parts that this program has read since, empty ones too; NULL: none */
     int64_t interval_us;
     int64_t written_us; /* the last write; 0: none by this object */
+    int fd;             /* the temporary file, written and locked but not synced; -1: none */
     bool dirty;         /* `own` has news that the file lacks */
     bool writing;       /* crpci_cache_save is at work without the lock */
     bool failed; /* the last write failed, which was logged */
 } crpci_cache;
 
-/* CRC-32 as in zlib. Bit by bit, because files are small and a table would take 1 KiB. */
+/* CRC-32 as in zlib. By half bytes, because a table for whole ones would take 1 KiB. */
 CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
 {
+    static const uint32_t table[16] = {
+        0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4,
+        0x4db26158, 0x5005713c, 0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c,
+        0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
     uint32_t crc = 0xffffffffu;
     for (; n; n--) {
-        int k;
         crc ^= (unsigned char)*data++;
-        for (k = 0; k < 8; k++)
-            crc = crc >> 1 ^ (0xedb88320u & (0u - (crc & 1)));
+        crc = crc >> 4 ^ table[crc & 15];
+        crc = crc >> 4 ^ table[crc & 15];
     }
     return ~crc;
 }
@@ -10931,6 +10946,8 @@ CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
 /* A cache that is all zero has nothing to free. */
 CRPCI_COLD void crpci_cache_clear(crpci_cache *c)
 {
+    if (c->path && c->fd >= 0)
+        close(c->fd);
     crpci_heap_strfree(c->heap, c->path);
     crpci_heap_strfree(c->heap, c->found);
     crpci_heap_strfree(c->heap, c->own);
@@ -11028,21 +11045,45 @@ CRPCI_COLD void crpci_cache_get(const crpci_cache *c, const char *name, crpci_na
     }
 }
 
-/* The bytes of a file, with a zero byte behind them; *size is that of the block. NULL: the file
- * cannot be read, changes while it is read, or is larger than `max`. */
-CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t max, size_t *size)
+/* Opens a regular file, and nothing else; a FIFO does not block. With `own` it must be a file of this
+ * user's (or the superuser's, to be read) under no other name, and no symbolic link: anybody may
+ * have put a file into a directory like /tmp. Returns -1 and errno. */
+CRPCI_COLD int crpci_cache_open(const char *path, int flags, bool own, struct stat *st)
 {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | (own ? O_NOFOLLOW : 0), 0600);
+    if (fd < 0)
+        return -1;
+    if (fstat(fd, st))
+        st->st_mode = 0;
+    if (!S_ISREG(st->st_mode))
+        errno = S_ISDIR(st->st_mode) ? EISDIR : EINVAL;
+    else if (own && ((st->st_uid != geteuid() && (st->st_uid || flags != O_RDONLY)) ||
+                     (st->st_nlink > 1 && flags != O_RDONLY)))
+        errno = EPERM;
+    else
+        return fd;
+    close(fd); /* leaves errno as it is, for what was only opened */
+    return -1;
+}
+
+/* The bytes of a file, with a zero byte behind them; *size is that of the block. `own` as above.
+ * NULL and errno: the file cannot be read, changes while it is read (EAGAIN), or is larger than
+ * `max` (EFBIG). */
+CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t max, bool own,
+                                       size_t *size)
+{
+    struct stat st;
+    int fd = crpci_cache_open(path, O_RDONLY, own, &st);
     size_t n = 0;
     ssize_t got = 1;
-    struct stat st;
     char *out = NULL;
     if (fd < 0)
         return NULL;
-    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size >= 0 &&
-        (uint64_t)st.st_size <= max) {
+    errno = EFBIG;
+    if (st.st_size >= 0 && (uint64_t)st.st_size <= max) {
         *size = (size_t)st.st_size + 1;
         out = (char *)crpci_heap_alloc(h, *size);
+        errno = ENOMEM;
     }
     while (out && n + 1 < *size && got > 0) {
         got = read(fd, out + n, *size - 1 - n);
@@ -11055,6 +11096,7 @@ CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t m
     if (out && (got < 0 || n + 1 != *size)) { /* the file shrank meanwhile */
         crpci_heap_free(h, out, *size);
         out = NULL;
+        errno = EAGAIN;
     }
     return out;
 }
@@ -11084,7 +11126,12 @@ CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
 {
     const size_t head = sizeof CRPCI_CACHE_HEAD - 1;
     size_t size = 0;
-    char *text = crpci_cache_read_file(h, path, CRPCI_CACHE_MAX, &size), *out = NULL;
+    char *text = crpci_cache_read_file(h, path, CRPCI_CACHE_MAX, true, &size), *out = NULL;
+    if (!text && errno != ENOENT)
+        crpci_heap_log(h, CRPC_LOG_WARN,
+                       "registry: cache file %.200s cannot be read: %s; it must be a regular file of "
+                       "this user's. It is ignored and will be overwritten",
+                       path, strerror(errno));
     if (text && crpci_cache_is_good(text, size - 1))
         out = crpci_heap_strndup(h, text + head, size - 1 - head - 11);
     else if (text)
@@ -11101,6 +11148,7 @@ CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path
 {
     memset(c, 0, sizeof *c);
     c->heap = h;
+    c->fd = -1;
     c->interval_us = crpci_base_option(interval_ms, CRPCI_CACHE_MS, 0) * 1000;
     c->path = crpci_heap_strndup(h, path, strlen(path));
     c->found = crpci_cache_read(h, path);
@@ -11112,26 +11160,25 @@ CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path
  * by now; comparing inodes finds that. */
 CRPCI_COLD int crpci_cache_lock(const char *path)
 {
-    int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
     struct stat a, b;
+    int fd = crpci_cache_open(path, O_WRONLY | O_CREAT, true, &a);
     if (fd < 0)
         return -1;
-    if ((flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) && fstat(fd, &a) == 0 &&
-        stat(path, &b) == 0 && a.st_ino == b.st_ino && a.st_dev == b.st_dev)
+    if ((flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) &&
+        lstat(path, &b) == 0 && a.st_ino == b.st_ino && a.st_dev == b.st_dev)
         return fd;
     close(fd);
     errno = EWOULDBLOCK;
     return -1;
 }
 
-/* Writes a whole file under the temporary name, and renames it when it is safely on the disk: after
- * a power cut either the old file is there or the new one. */
-CRPCI_COLD bool crpci_cache_replace(crpci_heap *h, int fd, const char *temp, const char *path,
-                                    const char *parts)
+/* Writes a whole file under the temporary name. */
+CRPCI_COLD bool crpci_cache_fill(crpci_heap *h, int fd, const char *parts)
 {
     size_t n = 0, len = sizeof CRPCI_CACHE_HEAD - 1 + strlen(parts), size = len + 12;
     char *text = (char *)crpci_heap_alloc(h, size);
-    bool ok = text && size - 1 <= CRPCI_CACHE_MAX && ftruncate(fd, 0) == 0;
+    bool ok = text && size - 1 <= CRPCI_CACHE_MAX && ftruncate(fd, 0) == 0 &&
+              lseek(fd, 0, SEEK_SET) == 0;
     if (ok) {
         snprintf(text, size, "%s%s", CRPCI_CACHE_HEAD, parts);
         snprintf(text + len, 12, "C %08x\n", (unsigned)crpci_cache_crc(text, len));
@@ -11142,12 +11189,24 @@ CRPCI_COLD bool crpci_cache_replace(crpci_heap *h, int fd, const char *temp, con
         n += put > 0 ? (size_t)put : 0;
     }
     crpci_heap_free(h, text, size);
-    return ok && fsync(fd) == 0 && rename(temp, path) == 0;
+    return ok;
 }
 
-/* Merges the program's own parts into the file. Waits for the disk, so the caller must not hold the
- * lock. False: it could not be written now. */
-CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *own)
+/* Renames the temporary file, and closes it, when it is safely on the disk: after a power cut either
+ * the old file is there or the new one. */
+CRPCI_COLD bool crpci_cache_settle(crpci_heap *h, const char *path, int fd)
+{
+    char *temp = crpci_heap_format(h, "%s.tmp", path);
+    bool ok = temp && fsync(fd) == 0 && rename(temp, path) == 0;
+    close(fd);
+    crpci_heap_strfree(h, temp);
+    return ok;
+}
+
+/* Merges the program's own parts with the file's into the temporary file; *out gets its descriptor,
+ * to be settled, if there is news. The caller must not hold the lock. False: it could not be written
+ * now. */
+CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *own, int *out)
 {
     char *temp = crpci_heap_format(h, "%s.tmp", path), *all = NULL;
     const char *mine = own;
@@ -11164,41 +11223,57 @@ CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *o
         news = true;
     }
     if (ok && news)
-        ok = crpci_cache_replace(h, fd, temp, path, all) || /* perhaps over CRPCI_CACHE_MAX? */
-             crpci_cache_replace(h, fd, temp, path, mine);
+        ok = crpci_cache_fill(h, fd, all) || /* perhaps over CRPCI_CACHE_MAX? */
+             crpci_cache_fill(h, fd, mine);
     else if (fd >= 0)
         unlink(temp);
-    if (fd >= 0)
+    if (ok && news)
+        *out = fd;
+    else if (fd >= 0)
         close(fd);
     crpci_heap_strfree(h, all);
     crpci_heap_strfree(h, temp);
     return ok;
 }
 
-/* When the file should be written next, on the loop's clock; INT64_MAX: there is nothing new. */
+/* When crpci_cache_save should be called next, on the loop's clock; INT64_MAX: there is nothing
+ * new. */
 CRPCI_FN int64_t crpci_cache_due(const crpci_cache *c)
 {
-    if (!c->path || !c->dirty || c->writing)
+    if (!c->path || c->writing || (!c->dirty && c->fd < 0))
         return INT64_MAX;
+    if (c->fd >= 0)
+        return c->written_us + CRPCI_CACHE_SETTLE_US;
+    if (c->failed && c->interval_us < CRPCI_CACHE_RETRY_US)
+        return c->written_us + CRPCI_CACHE_RETRY_US;
     return c->written_us ? c->written_us + c->interval_us : 0;
 }
 
-/* Writes the news to the file. Called locked; unlocks while it waits for the disk, and signals
- * `cond` at the end. After a failure the news stay due. */
-CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
+/* Writes the news to the file, in two steps if this thread should not wait for the disk (`patient`).
+ * Called locked; unlocks meanwhile, and signals `cond` at the end. After a failure the news stay
+ * due. */
+CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond, bool patient)
 {
-    char *own = c->own ? crpci_heap_strndup(c->heap, c->own, strlen(c->own)) : NULL;
-    bool ok;
-    c->dirty = false;
+    bool begin = c->fd < 0, ok = true;
+    char *own = begin && c->own ? crpci_heap_strndup(c->heap, c->own, strlen(c->own)) : NULL;
+    int fd = c->fd;
+    c->dirty = c->dirty && !begin;
+    c->fd = -1;
     c->writing = true;
     crpci_loop_unlock(l);
-    ok = own && crpci_cache_write(c->heap, c->path, own);
-    if (!ok && !c->failed)
+    if (begin)
+        ok = own && crpci_cache_write(c->heap, c->path, own, &fd);
+    if (fd >= 0 && !(begin && patient)) {
+        ok = crpci_cache_settle(c->heap, c->path, fd);
+        fd = -1;
+    }
+    if (!ok && !c->failed && errno != EWOULDBLOCK) /* else another loop's turn */
         crpci_heap_log(c->heap, CRPC_LOG_WARN,
                        "registry: cache file %.200s cannot be written: %s; crpc tries again later",
                        c->path, strerror(errno));
     crpci_heap_strfree(c->heap, own);
     crpci_loop_lock(l);
+    c->fd = fd;
     c->failed = !ok;
     c->dirty = c->dirty || !ok;
     c->writing = false;
@@ -12154,7 +12229,7 @@ CRPCI_FN int crpci_file_read(const crpci_file *f, crpci_file_text *out)
     bool ok;
     memset(out, 0, sizeof *out);
     errno = 0;
-    text = crpci_cache_read_file(h, f->path, CRPCI_FILE_MAX, &size);
+    text = crpci_cache_read_file(h, f->path, CRPCI_FILE_MAX, false, &size);
     if (!text)
         return errno == ENOENT ? CRPC_OK : CRPC_ESYSTEM;
     ok = crpci_file_parse(h, text, out);
@@ -13241,6 +13316,7 @@ struct crpci_zk_session {
     bool deferred; /* closed inside a callback: crpci_zk_session_run finishes the closing */
     bool aged;     /* the lists have been marked stale since the loss */
     bool warned;   /* the current trouble has been logged */
+    bool called;   /* the completion thread was called to save the cache */
     int64_t id;    /* the server's session id; 0: this handle has had none yet */
     int64_t lost_us;
     int64_t due_us; /* see the states; INT64_MAX: nothing is due */
@@ -13787,7 +13863,7 @@ CRPCI_FN void crpci_zk_session_connected(crpci_zk_session *s, int64_t id, int ti
                    "registry zookeeper://%s: connected, %s session 0x%llx, timeout %d ms",
                    s->authority, fresh ? "new" : "same", (unsigned long long)id, timeout_ms);
     crpci_zk_session_to(s, CRPCI_ZK_CONNECTED, INT64_MAX);
-    s->warned = s->aged = false;
+    s->warned = s->aged = s->called = false;
     s->id = id;
     s->negotiated_ms = timeout_ms;
     s->refused = 0;
@@ -14205,6 +14281,38 @@ CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
     if (rc != ZOK)
         s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
 }
+
+/* The answer to a call of the completion thread: crpci_zk_session_leave saves the cache. */
+CRPCI_FN void crpci_zk_session_on_call(int rc, const struct Stat *stat, const void *data)
+{
+    crpci_zk_handle *handle = (crpci_zk_handle *)(uintptr_t)data;
+    (void)rc;
+    (void)stat;
+    crpci_zk_session_enter(handle);
+    if (handle == handle->session->handle)
+        handle->session->called = false;
+    crpci_zk_session_leave(handle);
+}
+
+/* Whether the cache is saved next by a call of the completion thread: the loop's thread must not
+ * wait for the disk. A callback that is running saves it anyway. Without a connection it can wait,
+ * because there is hardly any news. */
+CRPCI_FN bool crpci_zk_session_calls(const crpci_zk_session *s)
+{
+    return s->phase == CRPCI_ZK_CONNECTED && !s->called && !s->handle->inside;
+}
+
+/* Sends the request that calls it, when the cache is due. Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_call_saver(crpci_zk_session *s)
+{
+    crpci_zk_handle *handle = s->handle;
+    if (!crpci_zk_session_calls(s) || crpci_cache_due(&s->cache) > crpci_zk_job_now(s))
+        return;
+    s->called = true; /* and stays so if the client refuses: the next connection resets it */
+    crpci_loop_unlock(s->loop);
+    (void)zoo_aexists(handle->zh, "/", 0, crpci_zk_session_on_call, handle);
+    crpci_loop_lock(s->loop);
+}
 #endif
 
 /* Does what the phase has due. The caller is busy; locked, unlocks meanwhile. */
@@ -14212,6 +14320,8 @@ CRPCI_FN void crpci_zk_session_supervise(crpci_zk_session *s)
 {
 #if CRPC_ZOOKEEPER_ST
     crpci_zk_session_renew(s);
+#else
+    crpci_zk_session_call_saver(s);
 #endif
     if (s->closing || crpci_zk_job_now(s) < s->due_us)
         return;
@@ -14231,16 +14341,19 @@ CRPCI_FN void crpci_zk_session_supervise(crpci_zk_session *s)
 /* Sets the timer to the next thing that is due. Locked. */
 CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
 {
-    int64_t next = crpci_base_min64(s->due_us, crpci_cache_due(&s->cache));
-    int64_t now = crpci_zk_job_now(s);
+    int64_t next = s->due_us, now = crpci_zk_job_now(s);
     const crpci_zk_job *job = crpci_zk_session_next(s);
     if (job)
         next = crpci_base_min64(next, job->due_us);
     if (s->phase == CRPCI_ZK_CONNECTED && !s->handle->authed)
         next = crpci_base_min64(next, now + CRPCI_ZK_JOB_RETRY_US / 10);
 #if CRPC_ZOOKEEPER_ST
+    next = crpci_base_min64(next, crpci_cache_due(&s->cache));
     if (s->handle)
         next = crpci_base_min64(next, s->client_us);
+#else
+    if (crpci_zk_session_calls(s))
+        next = crpci_base_min64(next, crpci_cache_due(&s->cache));
 #endif
     if (next != INT64_MAX)
         crpci_loop_timer_set(s->loop, &s->timer, next - now);
@@ -14331,7 +14444,7 @@ CRPCI_COLD void crpci_zk_session_replace(crpci_zk_session *s, const crpci_zk_han
 CRPCI_FN void crpci_zk_session_save(crpci_zk_session *s)
 {
     if (!s->closing && crpci_cache_due(&s->cache) <= crpci_zk_job_now(s))
-        crpci_cache_save(&s->cache, s->loop, &s->cond);
+        crpci_cache_save(&s->cache, s->loop, &s->cond, CRPC_ZOOKEEPER_ST);
 }
 
 static void crpci_zk_session_leave(crpci_zk_handle *handle)
@@ -14342,7 +14455,10 @@ static void crpci_zk_session_leave(crpci_zk_handle *handle)
 #if !CRPC_ZOOKEEPER_ST
     if (s->phase == CRPCI_ZK_OVER && s->handle == handle)
         crpci_zk_session_replace(s, handle);
-    crpci_zk_session_save(s); /* here and not only in the loop: writing waits for the disk */
+    crpci_zk_session_save(s); /* here, because it waits for the disk */
+    handle->inside = false;
+    if (!s->closing && crpci_cache_due(&s->cache) != INT64_MAX)
+        crpci_zk_session_arm(s);
 #endif
     handle->inside = false;
     crpci_loop_unlock(l);
@@ -14355,7 +14471,9 @@ CRPCI_FN void crpci_zk_session_on_timer(crpc_loop *l, crpci_timer *timer)
     crpci_zk_session *s = CRPCI_CONTAINER(timer, crpci_zk_session, timer);
     s->refs++;
     crpci_zk_session_run(s);
+#if CRPC_ZOOKEEPER_ST
     crpci_zk_session_save(s);
+#endif
     crpci_zk_session_unlock(s);
     crpci_loop_lock(l);
 }
@@ -14531,8 +14649,10 @@ CRPCI_FN void crpci_zk_pool_close(crpci_zk_session *s, bool last)
     } else if (last) {
         while (s->busy || s->cache.writing)
             crpci_thread_wait(&s->cond, &s->loop->lock, -1);
+        if (crpci_cache_due(&s->cache) != INT64_MAX && s->cache.fd >= 0) /* written, not synced */
+            crpci_cache_save(&s->cache, s->loop, &s->cond, false);
         if (crpci_cache_due(&s->cache) != INT64_MAX) /* unsaved news: write them now */
-            crpci_cache_save(&s->cache, s->loop, &s->cond);
+            crpci_cache_save(&s->cache, s->loop, &s->cond, false);
         crpci_zk_session_shut(s);
     }
     crpci_zk_session_unlock(s);
