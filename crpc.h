@@ -12394,6 +12394,7 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
 #define CRPCI_MULTICAST_GATHER_US   10000   /* changes within this time are reported together */
 #define CRPCI_MULTICAST_FIRST_US    1000000 /* without an answer until then the list is empty */
 #define CRPCI_MULTICAST_TICK_US     1000000
+#define CRPCI_MULTICAST_JOIN_US     5000000 /* between looks whether the group has to be joined again */
 #define CRPCI_MULTICAST_GRACE_US    2000000 /* time for answers after the loop did not run */
 
 /* A provider that was heard. One block, with the name behind the struct. */
@@ -12403,6 +12404,7 @@ typedef struct crpci_multicast_peer {
     char *name;  /* its URL, percent-encoded as the name of a znode is */
     uint64_t url, service; /* hashes of the URL and of the service */
     crpci_provider is;
+    int64_t heard_us; /* its last announcement */
     int64_t expires_us;
 } crpci_multicast_peer;
 
@@ -12411,10 +12413,12 @@ typedef struct crpci_multicast {
     crpci_backend base;
     crpci_directory directory; /* of all services; its last reference frees this struct */
     crpci_timer timer;
-    int fd;
+    int fd; /* -1: it cannot be opened at present */
     crpci_watch watch;
     crpci_addr group;
+    char *interface;       /* as the option names it, or NULL */
     struct ip_mreqn which; /* the interface to send and receive on */
+    int64_t join_us;       /* when to look whether the group has to be joined again */
     crpci_list peers;
     size_t peer_count;
     crpci_list regs; /* services that this process offers */
@@ -12482,6 +12486,37 @@ CRPCI_COLD int crpci_multicast_socket(const crpci_addr *group, struct ip_mreqn *
     close(fd);
     errno = saved;
     return -1;
+}
+
+/* Joins the group again if the interface was removed and is there again, or if the routing table has
+ * another one: the kernel forgets a membership with its interface. It tells by accepting one more; then
+ * a socket without the old one takes over. Locked. */
+CRPCI_COLD void crpci_multicast_rejoin(crpci_multicast *r)
+{
+    crpc_loop *l = r->base.loop;
+    const char *call;
+    struct ip_mreqn which;
+    int fd;
+    if (!crpci_multicast_interface(r->interface, &which))
+        return; /* it may come back */
+    which.imr_multiaddr = r->group.u.in4.sin_addr;
+    if (r->fd >= 0 && setsockopt(r->fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, &which, sizeof which))
+        return; /* EADDRINUSE: all is well; else there is no interface */
+    fd = crpci_multicast_socket(&r->group, &which, &call);
+    if (fd < 0)
+        return; /* the old one has joined at least */
+    if (r->fd >= 0) {
+        crpci_watch_set(l, &r->watch, r->fd, 0);
+        close(r->fd);
+    }
+    r->fd = fd;
+    r->which = which;
+    if (crpci_watch_set(l, &r->watch, fd, CRPC_READABLE)) { /* no memory: the next look tries again */
+        close(fd);
+        r->fd = -1;
+    }
+    crpci_heap_log(l->heap, CRPC_LOG_WARN, "registry %s: joined the group again on another interface",
+                   r->directory.name);
 }
 
 /* Sends a text to the group. A failure is logged once until a send succeeds again. Locked. */
@@ -12579,7 +12614,8 @@ CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, const cr
     p->url = crpci_names_hash(url);
     p->service = crpci_names_hash(n->of.service);
     p->is = n->provider;
-    p->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
+    p->heard_us = crpci_loop_now(r->base.loop);
+    p->expires_us = p->heard_us + crpci_multicast_ttl(url);
     if (old)
         crpci_multicast_forget(r, old);
     crpci_list_append(&r->peers, &p->link);
@@ -12593,13 +12629,19 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
 {
     crpci_names_node n;
     crpci_multicast_peer *old;
+    int64_t now = crpci_loop_now(r->base.loop), ttl = crpci_multicast_ttl(url);
+    bool same;
     memcpy(r->scratch, url, strlen(url) + 1);
     if (!crpci_names_read(&n, r->scratch) || !*n.of.service ||
         !crpci_multicast_is_host(n.provider.address))
         return false;
     old = crpci_multicast_find(r, &n);
-    if (old && old->is.timestamp_ms > n.provider.timestamp_ms)
-        return true; /* delayed in the network: the provider has been restarted since */
+    same = old && old->url == crpci_names_hash(url);
+    /* The network has delayed it, and the provider was restarted since. Unless that one has been silent
+     * for long: then its host's clock has gone back, as at a start without a battery. */
+    if (old && old->is.timestamp_ms > n.provider.timestamp_ms &&
+        (going || now - old->heard_us < ttl / 2))
+        return true;
     if (going) {
         if (old) {
             crpci_multicast_forget(r, old);
@@ -12607,9 +12649,10 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
         }
         return true;
     }
-    if (old && old->url == crpci_names_hash(url))
-        old->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
-    else if (crpci_multicast_wanted(r, &n)) {
+    if (same) {
+        old->heard_us = now;
+        old->expires_us = now + ttl;
+    } else if (crpci_multicast_wanted(r, &n)) {
         if (!old && r->peer_count >= CRPCI_MULTICAST_MAX)
             return false;
         crpci_multicast_keep(r, url, &n, old);
@@ -12819,6 +12862,10 @@ CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
 {
     int64_t now = crpci_loop_now(r->base.loop);
     crpci_list *i;
+    if (now >= r->join_us) {
+        r->join_us = now + CRPCI_MULTICAST_JOIN_US;
+        crpci_multicast_rejoin(r);
+    }
     crpci_multicast_expire(r, now);
     for (i = r->directory.subscribers.next; i != &r->directory.subscribers; i = i->next) {
         crpci_multicast_sub *s = CRPCI_CONTAINER(i, crpci_multicast_sub, base.link);
@@ -12967,6 +13014,7 @@ CRPCI_FN void crpci_multicast_free(crpci_directory *d)
         crpci_multicast_forget(r, CRPCI_CONTAINER(r->peers.next, crpci_multicast_peer, link));
     if (r->fd >= 0)
         close(r->fd);
+    crpci_heap_strfree(d->loop->heap, r->interface);
     crpci_heap_free(d->loop->heap, r, sizeof *r);
 }
 
@@ -12979,7 +13027,8 @@ CRPCI_FN void crpci_multicast_close(crpci_backend *b)
     while (!crpci_list_empty(&r->regs))
         crpci_multicast_reg_end(CRPCI_CONTAINER(r->regs.next, crpci_multicast_reg, link));
     crpci_loop_timer_cancel(l, &r->timer);
-    crpci_watch_set(l, &r->watch, r->fd, 0);
+    if (r->fd >= 0)
+        crpci_watch_set(l, &r->watch, r->fd, 0);
     crpci_directory_end(&r->directory);
     crpci_loop_unlock(l);
     crpci_loop_release(l);
@@ -12994,7 +13043,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                     const crpci_directory_options *o, crpci_backend **out,
                                     crpc_error *error)
 {
-    const char *call = NULL;
+    const char *call = NULL, *interface = o->interface ? o->interface : "";
     struct ip_mreqn which;
     crpci_addr group;
     crpci_multicast *r;
@@ -13011,9 +13060,13 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                 "`ip address`",
                                 url->authority, o->interface);
     r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
-    if (!r || !crpci_directory_init(&r->directory, l,
+    if (r)
+        r->interface = crpci_heap_strndup(l->heap, interface, strlen(interface));
+    if (!r || !r->interface || !crpci_directory_init(&r->directory, l,
                                     crpci_heap_format(l->heap, "multicast://%s", url->authority),
                                     crpci_multicast_free)) {
+        if (r)
+            crpci_heap_strfree(l->heap, r->interface);
         crpci_heap_free(l->heap, r, sizeof *r);
         return crpci_status_set(error, CRPC_ENOMEM, "multicast://%.60s: out of memory",
                                 url->authority);
@@ -13035,6 +13088,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
     } else {
         crpci_loop_lock(l);
         r->tick_us = crpci_loop_now(l);
+        r->join_us = r->tick_us + CRPCI_MULTICAST_JOIN_US;
         err = crpci_watch_set(l, &r->watch, r->fd, CRPC_READABLE);
         crpci_loop_unlock(l);
         if (err)
