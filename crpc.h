@@ -475,7 +475,8 @@
  * Nodes in `configurators` change providers at run time, as with Dubbo:
  *     override://10.0.0.1:8000/package.Service?weight=200     or disabled=true, warmup=60000
  * The host 0.0.0.0 stands for all providers. An address without a port is a consumer's: only that
- * consumer obeys. Consumers list themselves in `consumers`; apart from that a consumer only reads.
+ * consumer obeys. Consumers list themselves in `consumers` once the service exists; apart from that
+ * a consumer only reads.
  *
  * Calls never wait for ZooKeeper. Only opening waits, at most the registry timeout, for the first
  * list. While ZooKeeper is away, or answers with an empty list, the last non-empty list stays in
@@ -488,8 +489,8 @@
  * server opens. The client's sockets are not close-on-exec, so a program that execs must close them
  * in the child.
  *
- * The file of the option cache must be a regular file of the program's own user, in a directory that
- * only this user can write to. It is synced to the disk by the client's thread; with
+ * The file of the option cache must be a regular file of the program's own user, in a directory
+ * that only this user can write to. It is synced to the disk by the client's thread; with
  * libzookeeper_st, which has none, the new file is synced and renamed half a minute after it was
  * written, when the kernel has done most of that. Closing writes what is left, and waits.
  *
@@ -497,7 +498,9 @@
  *
  * file:///path names a file with a line for each provider. Only the address is required. A channel
  * examines the file once a second and reads it again when it has changed; replace it by renaming,
- * so that no half of it is read.
+ * so that no half of it is read. One that is no regular file, is larger than 1 MiB or cannot be
+ * read for another reason is logged, and is not the answer that must_connect asks for; a missing one
+ * is empty.
  *     10.0.0.1:8000 weight=100 warmup_ms=60000 group=g version=1 service=package.Service  # comment
  *
  * multicast://224.5.6.7:1234 needs nothing at all: providers announce themselves every five seconds
@@ -10641,7 +10644,28 @@ CRPCI_FN int crpci_names_next(char **query, char **key, char **value)
     return 0;
 }
 
-/* Reads a provider's URL, in place. False: malformed, or its address is not numeric. */
+/* Whether URLs of a scheme are those of providers that speak baidu_std. Registries are shared with
+ * Dubbo and others. */
+CRPCI_FN bool crpci_names_speaks(const char *scheme)
+{
+    return strcmp(scheme, "crpc") == 0 || strcmp(scheme, "brpc") == 0 ||
+           strcmp(scheme, "baidu_std") == 0;
+}
+
+/* Whether an address can be dialled: it has a port, and is neither multicast nor "any address",
+ * which a provider may have been told to listen at. */
+CRPCI_FN bool crpci_names_is_host(const crpci_addr *a)
+{
+    if (!crpci_sock_port(a))
+        return false;
+    if (a->u.any.sa_family == AF_INET6)
+        return !IN6_IS_ADDR_MULTICAST(&a->u.in6.sin6_addr) &&
+               !IN6_IS_ADDR_UNSPECIFIED(&a->u.in6.sin6_addr);
+    return ntohl(a->u.in4.sin_addr.s_addr) >> 28 < 14 && a->u.in4.sin_addr.s_addr != 0;
+}
+
+/* Reads a provider's URL, in place. False: malformed, or its address is not numeric or cannot be
+ * dialled. n->scheme is set then, too, unless the text is no URL. */
 CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
 {
     char *address, *service, *query, *key, *value;
@@ -10655,7 +10679,7 @@ CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
         return false;
     n->scheme = url;
     n->of.service = service;
-    if (!crpci_sock_parse(&a, address) || !crpci_sock_port(&a))
+    if (!crpci_sock_parse(&a, address) || !crpci_names_is_host(&a))
         return false;
     crpci_sock_format(&a, n->provider.address, sizeof n->provider.address);
     while ((more = crpci_names_next(&query, &key, &value)) > 0)
@@ -10671,6 +10695,7 @@ CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
 /* Reads the name of a znode, in place. It is a provider's URL, percent-encoded as a whole. */
 CRPCI_FN bool crpci_names_parse(crpci_names_node *n, char *name)
 {
+    n->scheme = NULL;
     return crpci_url_decode(name) && crpci_names_read(n, name);
 }
 
@@ -10691,14 +10716,11 @@ CRPCI_FN bool crpci_names_match(const char *want, const char *have)
     return false;
 }
 
-/* Whether a consumer wants a provider. Registries are shared with Dubbo, so only URLs of schemes
- * that speak baidu_std are taken. */
+/* Whether a consumer wants a provider. */
 CRPCI_FN bool crpci_names_takes(const crpci_names_service *q, const crpci_names_node *n)
 {
-    if (strcmp(n->scheme, "crpc") != 0 && strcmp(n->scheme, "brpc") != 0 &&
-        strcmp(n->scheme, "baidu_std") != 0)
-        return false;
-    return n->enabled && crpci_names_match(q->group, n->of.group) &&
+    return crpci_names_speaks(n->scheme) && n->enabled &&
+           crpci_names_match(q->group, n->of.group) &&
            crpci_names_match(q->version, n->of.version) &&
            (!*n->of.service || !*q->service || strcmp(n->of.service, q->service) == 0);
 }
@@ -10909,9 +10931,9 @@ CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
  * syncs it only CRPCI_CACHE_SETTLE_US later, when the kernel has written it by itself. */
 #define CRPCI_CACHE_HEAD      "crpc-cache 1\n"
 #define CRPCI_CACHE_MAX       (16u << 20) /* largest file, in bytes: some 40,000 providers */
-#define CRPCI_CACHE_MS        60000    /* default time between two writes: flash wears out */
-#define CRPCI_CACHE_SETTLE_US 35000000 /* Linux writes pages back that are 30 s old */
-#define CRPCI_CACHE_RETRY_US  1000000  /* least time between a failure and the next write */
+#define CRPCI_CACHE_MS        60000       /* default time between two writes: flash wears out */
+#define CRPCI_CACHE_SETTLE_US 35000000    /* Linux writes pages back that are 30 s old */
+#define CRPCI_CACHE_RETRY_US  1000000     /* least time between a failure and the next write */
 
 /* The cache file of one registry session. */
 typedef struct crpci_cache {
@@ -10930,10 +10952,10 @@ typedef struct crpci_cache {
 /* CRC-32 as in zlib. By half bytes, because a table for whole ones would take 1 KiB. */
 CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
 {
-    static const uint32_t table[16] = {
-        0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4,
-        0x4db26158, 0x5005713c, 0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c,
-        0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
+    static const uint32_t table[16] = {0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac,
+                                       0x76dc4190, 0x6b6b51f4, 0x4db26158, 0x5005713c,
+                                       0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c,
+                                       0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
     uint32_t crc = 0xffffffffu;
     for (; n; n--) {
         crc ^= (unsigned char)*data++;
@@ -11045,9 +11067,9 @@ CRPCI_COLD void crpci_cache_get(const crpci_cache *c, const char *name, crpci_na
     }
 }
 
-/* Opens a regular file, and nothing else; a FIFO does not block. With `own` it must be a file of this
- * user's (or the superuser's, to be read) under no other name, and no symbolic link: anybody may
- * have put a file into a directory like /tmp. Returns -1 and errno. */
+/* Opens a regular file, and nothing else; a FIFO does not block. With `own` it must be a file of
+ * this user's (or the superuser's, to be read) under no other name, and no symbolic link: anybody
+ * may have put a file into a directory like /tmp. Returns -1 and errno. */
 CRPCI_COLD int crpci_cache_open(const char *path, int flags, bool own, struct stat *st)
 {
     int fd = open(path, flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | (own ? O_NOFOLLOW : 0), 0600);
@@ -11128,10 +11150,11 @@ CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
     size_t size = 0;
     char *text = crpci_cache_read_file(h, path, CRPCI_CACHE_MAX, true, &size), *out = NULL;
     if (!text && errno != ENOENT)
-        crpci_heap_log(h, CRPC_LOG_WARN,
-                       "registry: cache file %.200s cannot be read: %s; it must be a regular file of "
-                       "this user's. It is ignored and will be overwritten",
-                       path, strerror(errno));
+        crpci_heap_log(
+            h, CRPC_LOG_WARN,
+            "registry: cache file %.200s cannot be read: %s; it must be a regular file of "
+            "this user's. It is ignored and will be overwritten",
+            path, strerror(errno));
     if (text && crpci_cache_is_good(text, size - 1))
         out = crpci_heap_strndup(h, text + head, size - 1 - head - 11);
     else if (text)
@@ -11164,8 +11187,8 @@ CRPCI_COLD int crpci_cache_lock(const char *path)
     int fd = crpci_cache_open(path, O_WRONLY | O_CREAT, true, &a);
     if (fd < 0)
         return -1;
-    if ((flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) &&
-        lstat(path, &b) == 0 && a.st_ino == b.st_ino && a.st_dev == b.st_dev)
+    if ((flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) && lstat(path, &b) == 0 &&
+        a.st_ino == b.st_ino && a.st_dev == b.st_dev)
         return fd;
     close(fd);
     errno = EWOULDBLOCK;
@@ -11177,8 +11200,8 @@ CRPCI_COLD bool crpci_cache_fill(crpci_heap *h, int fd, const char *parts)
 {
     size_t n = 0, len = sizeof CRPCI_CACHE_HEAD - 1 + strlen(parts), size = len + 12;
     char *text = (char *)crpci_heap_alloc(h, size);
-    bool ok = text && size - 1 <= CRPCI_CACHE_MAX && ftruncate(fd, 0) == 0 &&
-              lseek(fd, 0, SEEK_SET) == 0;
+    bool ok =
+        text && size - 1 <= CRPCI_CACHE_MAX && ftruncate(fd, 0) == 0 && lseek(fd, 0, SEEK_SET) == 0;
     if (ok) {
         snprintf(text, size, "%s%s", CRPCI_CACHE_HEAD, parts);
         snprintf(text + len, 12, "C %08x\n", (unsigned)crpci_cache_crc(text, len));
@@ -11192,8 +11215,8 @@ CRPCI_COLD bool crpci_cache_fill(crpci_heap *h, int fd, const char *parts)
     return ok;
 }
 
-/* Renames the temporary file, and closes it, when it is safely on the disk: after a power cut either
- * the old file is there or the new one. */
+/* Renames the temporary file, and closes it, when it is safely on the disk: after a power cut
+ * either the old file is there or the new one. */
 CRPCI_COLD bool crpci_cache_settle(crpci_heap *h, const char *path, int fd)
 {
     char *temp = crpci_heap_format(h, "%s.tmp", path);
@@ -11204,8 +11227,8 @@ CRPCI_COLD bool crpci_cache_settle(crpci_heap *h, const char *path, int fd)
 }
 
 /* Merges the program's own parts with the file's into the temporary file; *out gets its descriptor,
- * to be settled, if there is news. The caller must not hold the lock. False: it could not be written
- * now. */
+ * to be settled, if there is news. The caller must not hold the lock. False: it could not be
+ * written now. */
 CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *own, int *out)
 {
     char *temp = crpci_heap_format(h, "%s.tmp", path), *all = NULL;
@@ -11249,9 +11272,9 @@ CRPCI_FN int64_t crpci_cache_due(const crpci_cache *c)
     return c->written_us ? c->written_us + c->interval_us : 0;
 }
 
-/* Writes the news to the file, in two steps if this thread should not wait for the disk (`patient`).
- * Called locked; unlocks meanwhile, and signals `cond` at the end. After a failure the news stay
- * due. */
+/* Writes the news to the file, in two steps if this thread should not wait for the disk
+ * (`patient`). Called locked; unlocks meanwhile, and signals `cond` at the end. After a failure the
+ * news stay due. */
 CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond, bool patient)
 {
     bool begin = c->fd < 0, ok = true;
@@ -11401,7 +11424,8 @@ CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
 }
 
 /* Makes the list of those names that a consumer wants, with the overrides applied (NULL: none).
- * *bad: how many names were malformed. NULL: out of memory. Runs without the lock. */
+ * *bad: how many names were malformed, those of foreign schemes left out. NULL: out of memory. Runs
+ * without the lock. */
 CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *names, size_t count,
                                                  const crpci_names_service *want,
                                                  const crpci_names_overrides *overrides,
@@ -11423,7 +11447,7 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
         }
         memcpy(text, name, size);
         if (!crpci_names_parse(&node, text)) {
-            ++*bad;
+            *bad += !node.scheme || crpci_names_speaks(node.scheme);
         } else if (crpci_names_takes(want, &node)) {
             crpci_names_overrides_apply(overrides, want, &node.provider);
             s->providers[s->count] = node.provider;
@@ -12138,6 +12162,7 @@ typedef struct crpci_file {
     bool again;       /* read once more: a change within the same tick of mtime is invisible */
     size_t bad;       /* number of malformed lines that was logged, and the first of them */
     size_t bad_line;
+    int failed; /* errno of the last read, which was logged; 0: it succeeded */
 } crpci_file;
 
 /* The result of reading a file. */
@@ -12145,6 +12170,7 @@ typedef struct crpci_file_text {
     crpci_names names;
     size_t bad;      /* malformed lines */
     size_t bad_line; /* number of the first one */
+    int failed;      /* errno, with CRPC_ESYSTEM */
 } crpci_file_text;
 
 /* Translates one line, in place, into a provider's URL. False: malformed, or an unknown key. */
@@ -12164,7 +12190,7 @@ CRPCI_FN bool crpci_file_line(char *line, char *out, size_t size)
     crpci_addr a;
     size_t i;
     int n;
-    if (!crpci_sock_parse(&a, word) || !crpci_sock_port(&a))
+    if (!crpci_sock_parse(&a, word) || !crpci_names_is_host(&a))
         return false;
     t.out = out;
     t.size = size;
@@ -12230,8 +12256,10 @@ CRPCI_FN int crpci_file_read(const crpci_file *f, crpci_file_text *out)
     memset(out, 0, sizeof *out);
     errno = 0;
     text = crpci_cache_read_file(h, f->path, CRPCI_FILE_MAX, false, &size);
-    if (!text)
-        return errno == ENOENT ? CRPC_OK : CRPC_ESYSTEM;
+    if (!text) {
+        out->failed = errno == ENOENT ? 0 : errno;
+        return out->failed ? CRPC_ESYSTEM : CRPC_OK;
+    }
     ok = crpci_file_parse(h, text, out);
     crpci_heap_free(h, text, size);
     return ok ? CRPC_OK : CRPC_ENOMEM;
@@ -12275,6 +12303,13 @@ CRPCI_FN void crpci_file_examine(crpci_file *f)
                        d->name, text.bad, text.bad_line);
     f->bad = text.bad;
     f->bad_line = text.bad_line;
+    if (text.failed && text.failed != f->failed)
+        crpci_heap_log(
+            d->loop->heap, CRPC_LOG_WARN,
+            "registry %.200s: cannot be read: %s; it must be a regular file of at most %u "
+            "bytes. Tried again each second",
+            d->name, strerror(text.failed), CRPCI_FILE_MAX);
+    f->failed = text.failed;
     if (err == CRPC_ESYSTEM)
         (void)crpci_directory_age(d);
     report.names = text.names.name;
@@ -12394,7 +12429,7 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
 #define CRPCI_MULTICAST_GATHER_US   10000   /* changes within this time are reported together */
 #define CRPCI_MULTICAST_FIRST_US    1000000 /* without an answer until then the list is empty */
 #define CRPCI_MULTICAST_TICK_US     1000000
-#define CRPCI_MULTICAST_JOIN_US     5000000 /* between looks whether the group has to be joined again */
+#define CRPCI_MULTICAST_JOIN_US     5000000 /* between looks whether to join the group again */
 #define CRPCI_MULTICAST_GRACE_US    2000000 /* time for answers after the loop did not run */
 
 /* A provider that was heard. One block, with the name behind the struct. */
@@ -12488,9 +12523,9 @@ CRPCI_COLD int crpci_multicast_socket(const crpci_addr *group, struct ip_mreqn *
     return -1;
 }
 
-/* Joins the group again if the interface was removed and is there again, or if the routing table has
- * another one: the kernel forgets a membership with its interface. It tells by accepting one more; then
- * a socket without the old one takes over. Locked. */
+/* Joins the group again if the interface was removed and is there again, or if the routing table
+ * has another one: the kernel forgets a membership with its interface. It tells by accepting one
+ * more; then a socket without the old one takes over. Locked. */
 CRPCI_COLD void crpci_multicast_rejoin(crpci_multicast *r)
 {
     crpc_loop *l = r->base.loop;
@@ -12503,20 +12538,22 @@ CRPCI_COLD void crpci_multicast_rejoin(crpci_multicast *r)
     if (r->fd >= 0 && setsockopt(r->fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, &which, sizeof which))
         return; /* EADDRINUSE: all is well; else there is no interface */
     fd = crpci_multicast_socket(&r->group, &which, &call);
-    if (fd < 0)
-        return; /* the old one has joined at least */
+    if (fd < 0) { /* the next look has to notice again */
+        setsockopt(r->fd, IPPROTO_IP, IP_DROP_MEMBERSHIP, &which, sizeof which);
+        return;
+    }
     if (r->fd >= 0) {
         crpci_watch_set(l, &r->watch, r->fd, 0);
         close(r->fd);
     }
     r->fd = fd;
     r->which = which;
-    if (crpci_watch_set(l, &r->watch, fd, CRPC_READABLE)) { /* no memory: the next look tries again */
-        close(fd);
+    if (crpci_watch_set(l, &r->watch, fd, CRPC_READABLE)) {
+        close(fd); /* no memory: the next look tries again */
         r->fd = -1;
     }
-    crpci_heap_log(l->heap, CRPC_LOG_WARN, "registry %s: joined the group again on another interface",
-                   r->directory.name);
+    crpci_heap_log(l->heap, CRPC_LOG_WARN,
+                   "registry %s: joined the group again on another interface", r->directory.name);
 }
 
 /* Sends a text to the group. A failure is logged once until a send succeeds again. Locked. */
@@ -12588,18 +12625,6 @@ CRPCI_FN int64_t crpci_multicast_ttl(const char *url)
     return (int64_t)ms * 1000;
 }
 
-/* Whether an address can be connected to: neither a multicast nor an unspecified one. */
-CRPCI_FN bool crpci_multicast_is_host(const char *address)
-{
-    crpci_addr a;
-    if (!crpci_sock_parse(&a, address))
-        return false;
-    if (a.u.any.sa_family == AF_INET6)
-        return !IN6_IS_ADDR_MULTICAST(&a.u.in6.sin6_addr) &&
-               !IN6_IS_ADDR_UNSPECIFIED(&a.u.in6.sin6_addr);
-    return ntohl(a.u.in4.sin_addr.s_addr) >> 28 < 14 && a.u.in4.sin_addr.s_addr != 0;
-}
-
 /* Stores a provider, and removes its earlier entry `old`, if there is one. */
 CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, const crpci_names_node *n,
                                    crpci_multicast_peer *old)
@@ -12632,13 +12657,12 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
     int64_t now = crpci_loop_now(r->base.loop), ttl = crpci_multicast_ttl(url);
     bool same;
     memcpy(r->scratch, url, strlen(url) + 1);
-    if (!crpci_names_read(&n, r->scratch) || !*n.of.service ||
-        !crpci_multicast_is_host(n.provider.address))
+    if (!crpci_names_read(&n, r->scratch) || !*n.of.service)
         return false;
     old = crpci_multicast_find(r, &n);
     same = old && old->url == crpci_names_hash(url);
-    /* The network has delayed it, and the provider was restarted since. Unless that one has been silent
-     * for long: then its host's clock has gone back, as at a start without a battery. */
+    /* The network has delayed it, and the provider was restarted since. Unless that one has been
+     * silent for long: then its host's clock has gone back, as at a start without a battery. */
     if (old && old->is.timestamp_ms > n.provider.timestamp_ms &&
         (going || now - old->heard_us < ttl / 2))
         return true;
@@ -12839,8 +12863,10 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
     for (i = r->peers.next; i != &r->peers; i = i->next)
         names.size += strlen(CRPCI_CONTAINER(i, crpci_multicast_peer, link)->name) + 1;
     names.name = (char **)crpci_heap_alloc(h, names.size);
-    if (!names.name)
-        return; /* serve_us stays set: the next tick tries again */
+    if (!names.name) {
+        r->serve_us = crpci_loop_now(r->base.loop) + CRPCI_MULTICAST_TICK_US;
+        return;
+    }
     p = (char *)(names.name + r->peer_count);
     for (i = r->peers.next; i != &r->peers; i = i->next) {
         const char *name = CRPCI_CONTAINER(i, crpci_multicast_peer, link)->name;
@@ -13062,9 +13088,10 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
     r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
     if (r)
         r->interface = crpci_heap_strndup(l->heap, interface, strlen(interface));
-    if (!r || !r->interface || !crpci_directory_init(&r->directory, l,
-                                    crpci_heap_format(l->heap, "multicast://%s", url->authority),
-                                    crpci_multicast_free)) {
+    if (!r || !r->interface ||
+        !crpci_directory_init(&r->directory, l,
+                              crpci_heap_format(l->heap, "multicast://%s", url->authority),
+                              crpci_multicast_free)) {
         if (r)
             crpci_heap_strfree(l->heap, r->interface);
         crpci_heap_free(l->heap, r, sizeof *r);
@@ -15083,18 +15110,24 @@ CRPCI_FN void crpci_zk_node_own_fail(crpci_zk_own *own, int rc, const char *why)
 {
     crpci_zk_session *s = own->job.session;
     bool wanted = own->wish == CRPCI_ZK_WISH_WANTED;
+    bool removes = own->state == CRPCI_ZK_OWN_REMOVE;
+    /* A node under an earlier address must not hold up the one under the new address. But whoever
+     * leaves a sequential node behind stands in a queue behind itself. */
+    bool moves = removes && own->wish >= CRPCI_ZK_WISH_AFRESH && !own->sequential;
     int64_t wait = crpci_zk_job_backoff(s, own->failures);
     if (own->failures++ % 10 == 0)
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
                        "registry zookeeper://%s: cannot %s a node in %s: %s; next attempt in %d ms",
-                       s->authority, wanted ? "make" : "remove", own->dir, why, (int)(wait / 1000));
-    if (!wanted && own->failures > CRPCI_ZK_NODE_FORGET) { /* ends with the session */
+                       s->authority, removes || !wanted ? "remove" : "make", own->dir, why,
+                       (int)(wait / 1000));
+    if (moves || (!wanted && own->failures > CRPCI_ZK_NODE_FORGET)) { /* ends with the session */
         crpci_zk_node_own_set(own, &own->path, NULL);
         crpci_zk_node_own_set(own, &own->prefix, NULL);
+        own->state = CRPCI_ZK_OWN_ABSENT;
     }
     crpci_zk_node_own_next(own);
     crpci_zk_node_own_wait(own, wait);
-    if (rc && wanted)
+    if (rc && wanted && !moves)
         own->owner->lost(own, rc);
 }
 
@@ -15305,7 +15338,7 @@ CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
         crpci_zk_node_own_answered(own, q, a);
         break;
     case CRPCI_ZK_DOUBTED:
-        crpci_zk_node_own_to(own, own->prefix && !own->path            ? CRPCI_ZK_OWN_FIND
+        crpci_zk_node_own_to(own, own->prefix && !own->path          ? CRPCI_ZK_OWN_FIND
                                   : own->state == CRPCI_ZK_OWN_EVICT ? CRPCI_ZK_OWN_CHECK
                                                                      : own->state);
         crpci_zk_node_own_wait(own, crpci_zk_job_spread(s, CRPCI_ZK_JOB_RETRY_US, 50));
@@ -15400,6 +15433,7 @@ typedef struct crpci_zk_service {
     bool following; /* providers are read: only after the overrides, so that no subscriber sees a
                      * provider that an override has disabled */
     bool aged;      /* visited by the current pass of crpci_zk_directory_age */
+    bool exists;    /* the directory of providers: then consumers announce themselves */
 } crpci_zk_service;
 
 /* An open zookeeper:// URL. */
@@ -15487,6 +15521,19 @@ CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_
     return true;
 }
 
+/* The service is known to exist: announces its consumers. Until then they must not make its
+ * directory, which stays for ever, because its name may be mistyped. */
+CRPCI_FN void crpci_zk_directory_announce(crpci_zk_service *v)
+{
+    crpci_list *i;
+    for (i = v->directory.subscribers.next; i != &v->directory.subscribers; i = i->next) {
+        crpci_zk_subscriber *sub = CRPCI_CONTAINER(i, crpci_zk_subscriber, base.link);
+        if (sub->consumer && !v->exists)
+            crpci_zk_node_own_want(&sub->consumer->own, CRPCI_ZK_WISH_WANTED);
+    }
+    v->exists = true;
+}
+
 /* The providers were read. A directory that does not exist counts as empty, because the first
  * provider creates it. Unlocks. */
 CRPCI_FN bool crpci_zk_directory_on_providers(crpci_zk_watch *w, const crpci_zk_answer *a)
@@ -15495,6 +15542,8 @@ CRPCI_FN bool crpci_zk_directory_on_providers(crpci_zk_watch *w, const crpci_zk_
     crpci_directory_report report;
     if (a->rc != ZOK && a->rc != ZNONODE)
         return crpci_directory_age(&v->directory);
+    if (a->rc == ZOK)
+        crpci_zk_directory_announce(v);
     report.names = crpci_zk_node_names(a, &report.count);
     report.whole = true;
     return crpci_directory_update(&v->directory, &report);
@@ -15776,7 +15825,8 @@ CRPCI_FN void crpci_zk_directory_lost(crpci_zk_own *own, int rc)
 static const crpci_zk_owner crpci_zk_directory_owner = {
     crpci_zk_directory_name, crpci_zk_directory_owned, crpci_zk_directory_lost};
 
-/* Registers a provider or, without an address, a consumer. Locked; the caller kicks the session. */
+/* Registers a provider or, without an address, a consumer, which is not announced yet. Locked; the
+ * caller kicks the session. */
 CRPCI_FN int crpci_zk_directory_register(crpci_zk_directory *b, const crpci_names_service *what,
                                          crpci_directory_status_fn status, void *user,
                                          crpci_zk_registration **out)
@@ -15807,7 +15857,8 @@ CRPCI_FN int crpci_zk_directory_register(crpci_zk_directory *b, const crpci_name
     reg->own.unwatched = !what->address;
     crpci_zk_job_add(&reg->sweep, &crpci_zk_directory_sweep, s, INT64_MAX, reg,
                      crpci_zk_directory_unref);
-    crpci_zk_node_own_want(&reg->own, CRPCI_ZK_WISH_WANTED);
+    crpci_zk_node_own_want(&reg->own,
+                           what->address ? CRPCI_ZK_WISH_WANTED : CRPCI_ZK_WISH_UNWANTED);
     *out = reg;
     return CRPC_OK;
 }
@@ -15865,9 +15916,11 @@ CRPCI_FN void crpci_zk_directory_withdraw(crpci_backend *base, void *handle)
 CRPCI_FN void crpci_zk_directory_leave(crpci_zk_subscriber *sub)
 {
     crpci_zk_service *v = CRPCI_CONTAINER(sub->base.directory, crpci_zk_service, directory);
+    crpci_zk_registration *consumer = sub->consumer;
     crpci_list_remove(&sub->link);
-    if (sub->consumer)
-        crpci_zk_directory_registration_end(sub->consumer);
+    sub->consumer = NULL; /* before unlocking: crpci_zk_directory_announce must not find it */
+    if (consumer)
+        crpci_zk_directory_registration_end(consumer);
     v->directory.refs++;
     crpci_directory_remove(&sub->base);
     if (crpci_list_empty(&v->directory.subscribers) && !v->directory.ended)
@@ -15906,6 +15959,8 @@ CRPCI_FN int crpci_zk_directory_subscribe(crpci_backend *base, const crpci_names
         crpci_zk_directory_service_end(v);
     } else if (!err) {
         *out = &sub->base;
+        if (v->exists && sub->consumer)
+            crpci_zk_node_own_want(&sub->consumer->own, CRPCI_ZK_WISH_WANTED);
         if (v->following)
             crpci_zk_node_watch_again(&v->providers);
         if (s->phase != CRPCI_ZK_CONNECTED)

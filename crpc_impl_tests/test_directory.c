@@ -73,6 +73,27 @@ static void it_lists_each_address_once(void **state)
     crpci_heap_unref(h);
 }
 
+/* A registry is shared with other software, whose providers may have host names; and a provider that
+ * was told to register "any address" must not be dialled there. */
+static void it_judges_only_nodes_of_its_own_schemes(void **state)
+{
+    static const char *const urls[] = {
+        "dubbo://host.name:20880/S?interface=S", "tri://[::1]/S",           "rest:///",
+        "crpc://10.0.0.1:1/S",                    "crpc://0.0.0.0:1/S",      "crpc://[::]:1/S",
+        "crpc://224.0.0.1:1/S",                   "crpc://[ff02::1]:1/S",    "brpc://host.name:1/S",
+    };
+    crpci_heap *h = heap(NULL);
+    size_t bad;
+    crpci_snapshot *s = collect(h, urls, sizeof urls / sizeof *urls, NULL, &bad);
+    (void)state;
+    assert_non_null(s);
+    assert_int_equal(s->count, 1);
+    assert_string_equal(s->providers[0].address, "10.0.0.1:1");
+    assert_int_equal(bad, 5);
+    crpci_directory_snapshot_unref(s);
+    crpci_heap_unref(h);
+}
+
 /* --- what is registered ------------------------------------------------------------------------- */
 
 static void it_takes_addresses(void **state)
@@ -860,6 +881,7 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(it_lists_each_address_once),
+        CT_TEST(it_judges_only_nodes_of_its_own_schemes),
         CT_TEST(it_takes_addresses),
         CT_TEST(it_follows_the_address_of_its_host),
         CT_TEST(it_keeps_the_last_good_list),

@@ -30,6 +30,7 @@ typedef struct side {
     int status;
     bool withdraw_in_status;
     bool close_in_push;
+    bool refuse; /* lists, for want of memory */
 } side;
 
 static char group[64]; /* of the test: nobody else hears it */
@@ -38,6 +39,8 @@ static int on_push(void *user, crpci_snapshot *list)
 {
     side *s = (side *)user;
     size_t i, n = 0;
+    if (s->refuse)
+        return CRPC_ENOMEM;
     s->list[0] = '\0';
     for (i = 0; i < list->count && n < sizeof s->list - 16; i++)
         n += (size_t)snprintf(s->list + n, sizeof s->list - n, "%s ", list->providers[i].address);
@@ -468,6 +471,30 @@ static void a_lost_membership_is_made_again(void **state)
     close_side(&b);
 }
 
+/* The subscriber has no memory for a while: the same list is offered each second, until it is taken. */
+static void a_refused_list_is_offered_again(void **state)
+{
+    side a, b;
+    (void)state;
+    open_side(&a);
+    open_side(&b);
+    b.refuse = true;
+    assert_int_equal(subscribe(&b, "demo.Echo", true), CRPC_OK);
+    assert_int_equal(enroll(&a, ":8000"), CRPC_OK);
+    pass(20000, &a, &b, NULL);
+    b.refuse = false;
+    pass(1500, &a, &b, NULL);
+    assert_string_equal(b.list, "127.0.0.1:8000 ");
+    crpci_directory_withdraw(a.r, a.reg);
+    b.refuse = true;
+    pass(20000, &a, &b, NULL);
+    b.refuse = false;
+    pass(1500, &a, &b, NULL);
+    assert_string_equal(b.list, "");
+    close_side(&a);
+    close_side(&b);
+}
+
 static void a_ttl_is_clamped(void **state)
 {
     (void)state;
@@ -666,6 +693,7 @@ int main(void)
         CT_TEST(it_takes_the_newest_of_an_address),
         CT_TEST(a_provider_whose_clock_went_back_is_followed),
         CT_TEST(a_lost_membership_is_made_again),
+        CT_TEST(a_refused_list_is_offered_again),
         CT_TEST(a_ttl_is_clamped),
         CT_TEST(questions_are_not_amplified),
         CT_TEST(it_may_be_closed_in_its_callbacks),

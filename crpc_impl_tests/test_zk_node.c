@@ -404,6 +404,36 @@ static void a_changed_address_makes_a_new_node(void **state)
     end(&f);
 }
 
+/* The node of the old address cannot be removed, because somebody has changed its directory's ACL: the
+ * new address is registered all the same. A place in a queue is never left so. */
+static void an_undeletable_node_does_not_hold_up_a_new_one(void **state)
+{
+    fixture f;
+    int i;
+    (void)state;
+    for (i = 0; i < 2; i++) {
+        begin(&f, false);
+        want(&f, CRPCI_ZK_WISH_WANTED);
+        own(&f, CRPCI_ZK_CREATE, "/d/one", i ? ZCONNECTIONLOSS : ZOK, 0);
+        f.name = "two";
+        if (!i)
+            want(&f, CRPCI_ZK_WISH_AFRESH);
+        own(&f, CRPCI_ZK_DELETE, "/d/one", ZCONNECTIONLOSS, 0); /* that is no refusal */
+        own(&f, CRPCI_ZK_DELETE, "/d/one", ZNOAUTH, 0);
+        own(&f, CRPCI_ZK_CREATE, "/d/two", ZOK, 0);
+        assert_int_equal(f.own.state, CRPCI_ZK_OWN_OWNED);
+        assert_int_equal(f.lost, 0);
+        end(&f);
+    }
+    begin(&f, true);
+    want(&f, CRPCI_ZK_WISH_WANTED);
+    made(&f, "/d/id-lock-0000000003");
+    want(&f, CRPCI_ZK_WISH_AFRESH);
+    own(&f, CRPCI_ZK_DELETE, "/d/id-lock-0000000003", ZNOAUTH, 0);
+    own(&f, CRPCI_ZK_DELETE, "/d/id-lock-0000000003", ZNOAUTH, 0);
+    end(&f);
+}
+
 /* What a new connection does not cure is tried again, ever more rarely; and not for ever, when all
  * that is left to do is to remove a node. */
 static void a_refused_create_is_retried(void **state)
@@ -544,6 +574,7 @@ int main(void)
         CT_TEST(it_finds_its_node_by_the_id),
         CT_TEST(a_new_session_makes_a_new_node),
         CT_TEST(a_changed_address_makes_a_new_node),
+        CT_TEST(an_undeletable_node_does_not_hold_up_a_new_one),
         CT_TEST(a_refused_create_is_retried),
         CT_TEST(each_change_is_read),
         CT_TEST(a_missing_node_is_watched_for_its_creation),
