@@ -499,8 +499,8 @@
  * file:///path names a file with a line for each provider. Only the address is required. A channel
  * examines the file once a second and reads it again when it has changed; replace it by renaming,
  * so that no half of it is read. One that is no regular file, is larger than 1 MiB or cannot be
- * read for another reason is logged, and is not the answer that must_connect asks for; a missing one
- * is empty.
+ * read for another reason is logged, and is not the answer that must_connect asks for; a missing
+ * one is empty.
  *     10.0.0.1:8000 weight=100 warmup_ms=60000 group=g version=1 service=package.Service  # comment
  *
  * multicast://224.5.6.7:1234 needs nothing at all: providers announce themselves every five seconds
@@ -6216,6 +6216,8 @@ struct crpc_loop {
     /* the sections' below */
     crpci_list conns;
     crpci_list endpoints;
+    struct crpci_endpoint **endpoint_chains; /* the same, by hash of the address; NULL: none */
+    size_t endpoint_room, endpoint_count;    /* chains, endpoints */
     crpci_list registries;
     crpci_id_table calls;
     uint32_t results;
@@ -7271,9 +7273,9 @@ CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_opti
     crpci_list_init(&l->dirty);
     crpci_loop_task_init(&l->write_lines, crpci_loop_write_lines);
     crpci_list_init(&l->followers);
+    crpci_list_init(&l->endpoints);
     crpci_list_init(&l->conns);
     crpci_list_init(&l->admissions);
-    crpci_list_init(&l->endpoints);
     crpci_list_init(&l->registries);
     l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
     snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
@@ -18643,7 +18645,9 @@ typedef struct crpci_endpoint_events {
 } crpci_endpoint_events;
 
 struct crpci_endpoint {
-    crpci_list link; /* in loop->endpoints */
+    crpci_list link;      /* in loop->endpoints */
+    crpci_endpoint *next; /* in its chain of loop->endpoint_chains */
+    uint64_t hash;        /* of the address */
     crpc_loop *loop;
     const crpci_endpoint_events *events;
     uint32_t refs;
@@ -18679,13 +18683,35 @@ CRPCI_FN void crpci_endpoint_close_conn(crpci_conn *c)
     crpci_conn_drop(c);
 }
 
+/* The chain that has the endpoints of a hash. */
+CRPCI_FN crpci_endpoint **crpci_endpoint_chain(const crpc_loop *l, uint64_t hash)
+{
+    return &l->endpoint_chains[hash & (l->endpoint_room - 1)];
+}
+
+/* No channel uses the endpoint: takes it out of its chain. The last one takes the chains along. */
+CRPCI_FN void crpci_endpoint_unlist(crpci_endpoint *e)
+{
+    crpc_loop *l = e->loop;
+    crpci_endpoint **at = crpci_endpoint_chain(l, e->hash);
+    crpci_list_remove(&e->link);
+    while (*at != e)
+        at = &(*at)->next;
+    *at = e->next;
+    if (--l->endpoint_count == 0) {
+        crpci_heap_free(l->heap, l->endpoint_chains, l->endpoint_room * sizeof *l->endpoint_chains);
+        l->endpoint_chains = NULL;
+        l->endpoint_room = 0;
+    }
+}
+
 /* A channel leaves the endpoint; the last one closes the connections. */
 CRPCI_FN void crpci_endpoint_leave(crpci_endpoint *e)
 {
     crpci_list *i, *next;
     crpci_conn *c = e->conn;
     if (--e->users == 0) {
-        crpci_list_remove(&e->link);
+        crpci_endpoint_unlist(e);
         crpci_timer_cancel(&e->timer);
         e->conn = NULL;
         if (c)
@@ -19134,18 +19160,40 @@ CRPCI_FN bool crpci_endpoint_same_options(const crpci_endpoint_options *a,
            a->credential == b->credential;
 }
 
+/* Keeps the chains short, so that a list of thousands is not searched once for each of them. False:
+ * out of memory, and there are no chains yet. */
+CRPCI_COLD bool crpci_endpoint_grow(crpc_loop *l)
+{
+    crpci_endpoint **old = l->endpoint_chains, *e, *next;
+    size_t old_room = l->endpoint_room, room = old_room ? old_room * 2 : 8, i;
+    crpci_endpoint **fresh = (crpci_endpoint **)crpci_heap_alloc(l->heap, room * sizeof *fresh);
+    if (!fresh)
+        return old_room != 0;
+    l->endpoint_chains = fresh;
+    l->endpoint_room = room;
+    for (i = 0; i < old_room; i++) {
+        for (e = old[i]; e; e = next) {
+            next = e->next;
+            e->next = *crpci_endpoint_chain(l, e->hash);
+            *crpci_endpoint_chain(l, e->hash) = e;
+        }
+    }
+    crpci_heap_free(l->heap, old, old_room * sizeof *old);
+    return true;
+}
+
 /* Finds or makes the loop's endpoint for an address, for a channel that wants its connection.
  * CRPC_EINVAL: the address is not numeric. */
 CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
                                 const crpci_endpoint_options *options,
                                 const crpci_endpoint_events *events, crpci_endpoint **out)
 {
-    crpci_list *i;
+    uint64_t hash = crpci_base_hash(address, strlen(address));
     crpci_endpoint *e;
     crpci_addr addr;
-    for (i = l->endpoints.next; i != &l->endpoints; i = i->next) {
-        e = CRPCI_CONTAINER(i, crpci_endpoint, link);
-        if (strcmp(e->address, address) == 0 && crpci_endpoint_same_options(&e->options, options)) {
+    for (e = l->endpoint_room ? *crpci_endpoint_chain(l, hash) : NULL; e; e = e->next) {
+        if (e->hash == hash && strcmp(e->address, address) == 0 &&
+            crpci_endpoint_same_options(&e->options, options)) {
             e->refs++;
             e->users++;
             *out = e;
@@ -19155,8 +19203,10 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
     if (strlen(address) >= sizeof e->address || !crpci_sock_parse(&addr, address))
         return CRPC_EINVAL;
     e = (crpci_endpoint *)crpci_heap_alloc(l->heap, sizeof *e);
-    if (!e)
+    if (!e || (l->endpoint_count >= l->endpoint_room && !crpci_endpoint_grow(l))) {
+        crpci_heap_free(l->heap, e, sizeof *e);
         return CRPC_ENOMEM;
+    }
     e->addr = addr;
     e->loop = l;
     e->events = events;
@@ -19166,6 +19216,10 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
     crpci_list_init(&e->waiting);
     crpci_list_init(&e->active);
     crpci_timer_init(&e->timer, crpci_endpoint_on_timer);
+    e->hash = hash;
+    e->next = *crpci_endpoint_chain(l, hash);
+    *crpci_endpoint_chain(l, hash) = e;
+    l->endpoint_count++;
     crpci_list_append(&l->endpoints, &e->link);
     *out = e;
     return CRPC_OK;
