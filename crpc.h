@@ -690,7 +690,10 @@
  * longer how many there could have been. A call that a server refuses with CRPC_ELIMIT is tried at
  * another provider. An override that disables the last provider counts. A request with an id that
  * finds no free replay entry gets CRPC_ELIMIT in place of being executed unremembered, so that
- * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket.
+ * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket. The
+ * cache must be a regular file of the program's own user, and no symbolic link. A provider that a
+ * registry or a file lists at 0.0.0.0, :: or a multicast address is ignored. A consumer lists
+ * itself only below a service that exists.
  *
  * What is new: wait=1, unix://@name, CRPC_ENABLE_POLICY, CRPC_ENABLE_TEXTS, CRPC_DEBUG,
  * crpc_channel_options_parse and crpc_server_options_parse. For servers that meet strangers
