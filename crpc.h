@@ -482,12 +482,12 @@
  * list. While ZooKeeper is away, or answers with an empty list, the last non-empty list stays in
  * use. When ZooKeeper is back, a provider that it does not list yet stays in use for two seconds
  * and a session timeout more, so that the first provider to register again does not get the load of
- * all. A list that shrinks to less than a quarter within that time is taken for one that was wiped,
- * and its providers stay in use as long. A session that has expired, or has been cut off for twice
- * its timeout, is replaced and everything is registered again; so is a node that somebody removed.
- * The ZooKeeper client gets numeric addresses only; host names are resolved when a channel or a
- * server opens. The client's sockets are not close-on-exec, so a program that execs must close them
- * in the child.
+ * all. A list of four or more that shrinks to less than a quarter within that time is taken for one
+ * that was wiped, and its providers stay in use as long. A session that has expired, or has been cut
+ * off for twice its timeout, is replaced and everything is registered again; so is a node that
+ * somebody removed. The ZooKeeper client gets numeric addresses only; host names are resolved when a
+ * channel or a server opens. The client's sockets are not close-on-exec, so a program that execs
+ * must close them in the child.
  *
  * The file of the option cache must be a regular file of the program's own user, in a directory
  * that only this user can write to. It is synced to the disk by the client's thread; with
@@ -11337,6 +11337,7 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond,
  * again about a second later. */
 
 #define CRPCI_DIRECTORY_RETRY_US 1000000 /* before a list that was not taken is offered again */
+#define CRPCI_DIRECTORY_FEW      4u /* with fewer providers, one after another may well stop */
 
 /* All providers of a service at one time, sorted by address, each address once. Immutable once it
  * has been handed out, so that readers need a reference but no lock. */
@@ -11805,16 +11806,19 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
  * after the first providers are back, never sees the directory empty. */
 CRPCI_FN void crpci_directory_suspect(crpci_subscriber *s, const crpci_snapshot *list)
 {
-    int64_t now = crpci_loop_now(s->directory->loop);
-    if (!s->last || s->doubted || s->hold_until_us || list->count >= s->last->count)
-        return;
-    if (!s->fuller || now - s->fuller_us >= s->directory->hold_us) {
+    int64_t now = crpci_loop_now(s->directory->loop), hold = s->directory->hold_us;
+    if (!s->wiped && now - s->fuller_us >= hold) {
         crpci_directory_snapshot_unref(s->fuller);
+        s->fuller = NULL;
+    }
+    if (!hold || !s->last || s->doubted || s->hold_until_us || list->count >= s->last->count)
+        return;
+    if (!s->fuller) {
         crpci_directory_snapshot_ref(s->last);
         s->fuller = s->last;
         s->fuller_us = now;
     }
-    s->wiped = s->directory->hold_us && list->count < (s->fuller->count + 3) / 4;
+    s->wiped = s->fuller->count >= CRPCI_DIRECTORY_FEW && list->count < (s->fuller->count + 3) / 4;
     s->doubted = s->wiped;
 }
 

@@ -531,6 +531,14 @@ static void a_smaller_fleet_is_followed_at_once(void **state)
     assert_true(read_names(&f, "2", true));
     expect_pushed(&r, "2 ");
     end(&f);
+    start(&f);
+    f.directory.hold_us = HOLD_US;
+    assert_true(join(&f, &r, "S", false));
+    assert_true(read_names(&f, "123", true));
+    assert_true(read_names(&f, "1", true));
+    assert_true(read_names(&f, "", true));
+    expect_pushed(&r, "1 2 3 1 1 (stale) "); /* those that went before stay away */
+    end(&f);
 }
 
 /* What an operator disables is not kept: neither while it is listed, nor when it has gone. */
