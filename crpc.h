@@ -483,10 +483,10 @@
  * use. When ZooKeeper is back, a provider that it does not list yet stays in use for two seconds
  * and a session timeout more, so that the first provider to register again does not get the load of
  * all. A list of four or more that shrinks to less than a quarter within that time is taken for one
- * that was wiped, and its providers stay in use as long. A session that has expired, or has been cut
- * off for twice its timeout, is replaced and everything is registered again; so is a node that
- * somebody removed. The ZooKeeper client gets numeric addresses only; host names are resolved when a
- * channel or a server opens. The client's sockets are not close-on-exec, so a program that execs
+ * that was wiped, and its providers stay in use as long. A session that has expired, or has been
+ * cut off for twice its timeout, is replaced and everything is registered again; so is a node that
+ * somebody removed. The ZooKeeper client gets numeric addresses only; host names are resolved when
+ * a channel or a server opens. The client's sockets are not close-on-exec, so a program that execs
  * must close them in the child.
  *
  * The file of the option cache must be a regular file of the program's own user, in a directory
