@@ -1292,8 +1292,10 @@ static void it_starts_from_its_cache(void **state)
     side_open(&a, p.port);
     side_subscribe(&a);
     expect_list(&a, "10.0.0.1:8000 ", LATE_MS);
-    assert_true(CT_WAIT(access(path, F_OK) == 0, LATE_MS));
+    if (!CRPC_ZOOKEEPER_ST) /* there closing syncs it, or the loop half a minute later */
+        assert_true(CT_WAIT(access(path, F_OK) == 0, LATE_MS));
     side_close(&a);
+    assert_int_equal(access(path, F_OK), 0);
     zk_proxy_set(&p, ZK_PROXY_REFUSE);
     side_open(&a, p.port);
     side_subscribe(&a);
