@@ -480,22 +480,32 @@
  * Nodes in `configurators` change providers at run time, as with Dubbo:
  *     override://10.0.0.1:8000/package.Service?weight=200     or disabled=true, warmup=60000
  * The host 0.0.0.0 stands for all providers. An address without a port is a consumer's: only that
- * consumer obeys. Consumers list themselves in `consumers`; apart from that a consumer only reads.
+ * consumer obeys. Consumers list themselves in `consumers` once the service exists; apart from that
+ * a consumer only reads.
  *
  * Calls never wait for ZooKeeper. Only opening waits, at most the registry timeout, for the first
  * list. While ZooKeeper is away, or answers with an empty list, the last non-empty list stays in
  * use. When ZooKeeper is back, a provider that it does not list yet stays in use for two seconds
  * and a session timeout more, so that the first provider to register again does not get the load of
- * all. A session that has expired, or has been cut off for twice its timeout, is replaced and
- * everything is registered again; so is a node that somebody removed. The ZooKeeper client gets
- * numeric addresses only; host names are resolved when a channel or a server opens. The client's
- * sockets are not close-on-exec, so a program that execs must close them in the child.
+ * all. A list of four or more that shrinks to less than a quarter within that time is taken for one
+ * that was wiped, and its providers stay in use as long. A session that has expired, or has been
+ * cut off for twice its timeout, is replaced and everything is registered again; so is a node that
+ * somebody removed. The ZooKeeper client gets numeric addresses only; host names are resolved when
+ * a channel or a server opens. The client's sockets are not close-on-exec, so a program that execs
+ * must close them in the child.
+ *
+ * The file of the option cache must be a regular file of the program's own user, in a directory
+ * that only this user can write to. It is synced to the disk by the client's thread; with
+ * libzookeeper_st, which has none, the new file is synced and renamed half a minute after it was
+ * written, when the kernel has done most of that. Closing writes what is left, and waits.
  *
  * Two registries need no server. Both need a loop that is driven.
  *
  * file:///path names a file with a line for each provider. Only the address is required. A channel
  * examines the file once a second and reads it again when it has changed; replace it by renaming,
- * so that no half of it is read.
+ * so that no half of it is read. One that is no regular file, is larger than 1 MiB or cannot be
+ * read for another reason is logged, and is not the answer that must_connect asks for; a missing
+ * one is empty.
  *     10.0.0.1:8000 weight=100 warmup_ms=60000 group=g version=1 service=package.Service  # comment
  *
  * multicast://224.5.6.7:1234 needs nothing at all: providers announce themselves every five seconds
@@ -712,8 +722,10 @@
  * longer how many there could have been. A call that a server refuses with CRPC_ELIMIT is tried at
  * another provider. An override that disables the last provider counts. A request with an id that
  * finds no free replay entry gets CRPC_ELIMIT in place of being executed unremembered, so that
- * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket. A
- * breaker counts CRPC_ELIMIT as a failure. Backup requests need tokens of retry_budget.
+ * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket. The
+ * cache must be a regular file of the program's own user, and no symbolic link. A provider that a
+ * registry or a file lists at 0.0.0.0, :: or a multicast address is ignored. A consumer lists
+ * itself only below a service that exists. A breaker counts CRPC_ELIMIT as a failure. Backup requests need tokens of retry_budget.
  *
  * A lock and an election have a lease of three eighths of the session timeout in place of nine
  * tenths, and are renewed with a write of the lock's node, which every contender must be allowed
@@ -6264,6 +6276,8 @@ struct crpc_loop {
     /* the sections' below */
     crpci_list conns;
     crpci_list endpoints;
+    struct crpci_endpoint **endpoint_chains; /* the same, by hash of the address; NULL: none */
+    size_t endpoint_room, endpoint_count;    /* chains, endpoints */
     crpci_list registries;
     crpci_id_table calls;
     uint32_t results;
@@ -7348,9 +7362,9 @@ CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_opti
     crpci_list_init(&l->dirty);
     crpci_loop_task_init(&l->write_lines, crpci_loop_write_lines);
     crpci_list_init(&l->followers);
+    crpci_list_init(&l->endpoints);
     crpci_list_init(&l->conns);
     crpci_list_init(&l->admissions);
-    crpci_list_init(&l->endpoints);
     crpci_list_init(&l->registries);
     l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
     snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
@@ -10754,7 +10768,28 @@ CRPCI_FN int crpci_names_next(char **query, char **key, char **value)
     return 0;
 }
 
-/* Reads a provider's URL, in place. False: malformed, or its address is not numeric. */
+/* Whether URLs of a scheme are those of providers that speak baidu_std. Registries are shared with
+ * Dubbo and others. */
+CRPCI_FN bool crpci_names_speaks(const char *scheme)
+{
+    return strcmp(scheme, "crpc") == 0 || strcmp(scheme, "brpc") == 0 ||
+           strcmp(scheme, "baidu_std") == 0;
+}
+
+/* Whether an address can be dialled: it has a port, and is neither multicast nor "any address",
+ * which a provider may have been told to listen at. */
+CRPCI_FN bool crpci_names_is_host(const crpci_addr *a)
+{
+    if (!crpci_sock_port(a))
+        return false;
+    if (a->u.any.sa_family == AF_INET6)
+        return !IN6_IS_ADDR_MULTICAST(&a->u.in6.sin6_addr) &&
+               !IN6_IS_ADDR_UNSPECIFIED(&a->u.in6.sin6_addr);
+    return ntohl(a->u.in4.sin_addr.s_addr) >> 28 < 14 && a->u.in4.sin_addr.s_addr != 0;
+}
+
+/* Reads a provider's URL, in place. False: malformed, or its address is not numeric or cannot be
+ * dialled. n->scheme is set then, too, unless the text is no URL. */
 CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
 {
     char *address, *service, *query, *key, *value;
@@ -10768,7 +10803,7 @@ CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
         return false;
     n->scheme = url;
     n->of.service = service;
-    if (!crpci_sock_parse(&a, address) || !crpci_sock_port(&a))
+    if (!crpci_sock_parse(&a, address) || !crpci_names_is_host(&a))
         return false;
     crpci_sock_format(&a, n->provider.address, sizeof n->provider.address);
     while ((more = crpci_names_next(&query, &key, &value)) > 0)
@@ -10784,6 +10819,7 @@ CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
 /* Reads the name of a znode, in place. It is a provider's URL, percent-encoded as a whole. */
 CRPCI_FN bool crpci_names_parse(crpci_names_node *n, char *name)
 {
+    n->scheme = NULL;
     return crpci_url_decode(name) && crpci_names_read(n, name);
 }
 
@@ -10804,14 +10840,11 @@ CRPCI_FN bool crpci_names_match(const char *want, const char *have)
     return false;
 }
 
-/* Whether a consumer wants a provider. Registries are shared with Dubbo, so only URLs of schemes
- * that speak baidu_std are taken. */
+/* Whether a consumer wants a provider. */
 CRPCI_FN bool crpci_names_takes(const crpci_names_service *q, const crpci_names_node *n)
 {
-    if (strcmp(n->scheme, "crpc") != 0 && strcmp(n->scheme, "brpc") != 0 &&
-        strcmp(n->scheme, "baidu_std") != 0)
-        return false;
-    return n->enabled && crpci_names_match(q->group, n->of.group) &&
+    return crpci_names_speaks(n->scheme) && n->enabled &&
+           crpci_names_match(q->group, n->of.group) &&
            crpci_names_match(q->version, n->of.version) &&
            (!*n->of.service || !*q->service || strcmp(n->of.service, q->service) == 0);
 }
@@ -11015,10 +11048,16 @@ CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
  * replaced as a whole, by renaming, and several programs, or loops of one program, may share it:
  * each keeps the lists of the others. In memory it is the same text without its first and last
  * line; the lines of one directory are called its part. The loop's lock guards the struct; the file
- * is read and written without it. */
-#define CRPCI_CACHE_HEAD "crpc-cache 1\n"
-#define CRPCI_CACHE_MAX  (1u << 20) /* largest file, in bytes */
-#define CRPCI_CACHE_MS   60000      /* default time between two writes: flash wears out */
+ * is read and written without it.
+ *
+ * A file is on the disk when fsync returns, which can take seconds. Where the client library has a
+ * thread, that thread waits. A loop without threads must wait itself: it writes the new file, and
+ * syncs it only CRPCI_CACHE_SETTLE_US later, when the kernel has written it by itself. */
+#define CRPCI_CACHE_HEAD      "crpc-cache 1\n"
+#define CRPCI_CACHE_MAX       (16u << 20) /* largest file, in bytes: some 40,000 providers */
+#define CRPCI_CACHE_MS        60000       /* default time between two writes: flash wears out */
+#define CRPCI_CACHE_SETTLE_US 35000000    /* Linux writes pages back that are 30 s old */
+#define CRPCI_CACHE_RETRY_US  1000000     /* least time between a failure and the next write */
 
 /* The cache file of one registry session. */
 typedef struct crpci_cache {
@@ -11028,20 +11067,24 @@ typedef struct crpci_cache {
     char *own;   /* parts that this program has read since, empty ones too; NULL: none */
     int64_t interval_us;
     int64_t written_us; /* the last write; 0: none by this object */
+    int fd;             /* the temporary file, written and locked but not synced; -1: none */
     bool dirty;         /* `own` has news that the file lacks */
     bool writing;       /* crpci_cache_save is at work without the lock */
     bool failed; /* the last write failed, which was logged */
 } crpci_cache;
 
-/* CRC-32 as in zlib. Bit by bit, because files are small and a table would take 1 KiB. */
+/* CRC-32 as in zlib. By half bytes, because a table for whole ones would take 1 KiB. */
 CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
 {
+    static const uint32_t table[16] = {0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac,
+                                       0x76dc4190, 0x6b6b51f4, 0x4db26158, 0x5005713c,
+                                       0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c,
+                                       0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
     uint32_t crc = 0xffffffffu;
     for (; n; n--) {
-        int k;
         crc ^= (unsigned char)*data++;
-        for (k = 0; k < 8; k++)
-            crc = crc >> 1 ^ (0xedb88320u & (0u - (crc & 1)));
+        crc = crc >> 4 ^ table[crc & 15];
+        crc = crc >> 4 ^ table[crc & 15];
     }
     return ~crc;
 }
@@ -11049,6 +11092,8 @@ CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
 /* A cache that is all zero has nothing to free. */
 CRPCI_COLD void crpci_cache_clear(crpci_cache *c)
 {
+    if (c->path && c->fd >= 0)
+        close(c->fd);
     crpci_heap_strfree(c->heap, c->path);
     crpci_heap_strfree(c->heap, c->found);
     crpci_heap_strfree(c->heap, c->own);
@@ -11146,21 +11191,45 @@ CRPCI_COLD void crpci_cache_get(const crpci_cache *c, const char *name, crpci_na
     }
 }
 
-/* The bytes of a file, with a zero byte behind them; *size is that of the block. NULL: the file
- * cannot be read, changes while it is read, or is larger than `max`. */
-CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t max, size_t *size)
+/* Opens a regular file, and nothing else; a FIFO does not block. With `own` it must be a file of
+ * this user's (or the superuser's, to be read) under no other name, and no symbolic link: anybody
+ * may have put a file into a directory like /tmp. Returns -1 and errno. */
+CRPCI_COLD int crpci_cache_open(const char *path, int flags, bool own, struct stat *st)
 {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | (own ? O_NOFOLLOW : 0), 0600);
+    if (fd < 0)
+        return -1;
+    if (fstat(fd, st))
+        st->st_mode = 0;
+    if (!S_ISREG(st->st_mode))
+        errno = S_ISDIR(st->st_mode) ? EISDIR : EINVAL;
+    else if (own && ((st->st_uid != geteuid() && (st->st_uid || flags != O_RDONLY)) ||
+                     (st->st_nlink > 1 && flags != O_RDONLY)))
+        errno = EPERM;
+    else
+        return fd;
+    close(fd); /* leaves errno as it is, for what was only opened */
+    return -1;
+}
+
+/* The bytes of a file, with a zero byte behind them; *size is that of the block. `own` as above.
+ * NULL and errno: the file cannot be read, changes while it is read (EAGAIN), or is larger than
+ * `max` (EFBIG). */
+CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t max, bool own,
+                                       size_t *size)
+{
+    struct stat st;
+    int fd = crpci_cache_open(path, O_RDONLY, own, &st);
     size_t n = 0;
     ssize_t got = 1;
-    struct stat st;
     char *out = NULL;
     if (fd < 0)
         return NULL;
-    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size >= 0 &&
-        (uint64_t)st.st_size <= max) {
+    errno = EFBIG;
+    if (st.st_size >= 0 && (uint64_t)st.st_size <= max) {
         *size = (size_t)st.st_size + 1;
         out = (char *)crpci_heap_alloc(h, *size);
+        errno = ENOMEM;
     }
     while (out && n + 1 < *size && got > 0) {
         got = read(fd, out + n, *size - 1 - n);
@@ -11173,6 +11242,7 @@ CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t m
     if (out && (got < 0 || n + 1 != *size)) { /* the file shrank meanwhile */
         crpci_heap_free(h, out, *size);
         out = NULL;
+        errno = EAGAIN;
     }
     return out;
 }
@@ -11202,7 +11272,13 @@ CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
 {
     const size_t head = sizeof CRPCI_CACHE_HEAD - 1;
     size_t size = 0;
-    char *text = crpci_cache_read_file(h, path, CRPCI_CACHE_MAX, &size), *out = NULL;
+    char *text = crpci_cache_read_file(h, path, CRPCI_CACHE_MAX, true, &size), *out = NULL;
+    if (!text && errno != ENOENT)
+        crpci_heap_log(
+            h, CRPC_LOG_WARN,
+            "registry: cache file %.200s cannot be read: %s; it must be a regular file of "
+            "this user's. It is ignored and will be overwritten",
+            path, strerror(errno));
     if (text && crpci_cache_is_good(text, size - 1))
         out = crpci_heap_strndup(h, text + head, size - 1 - head - 11);
     else if (text)
@@ -11219,6 +11295,7 @@ CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path
 {
     memset(c, 0, sizeof *c);
     c->heap = h;
+    c->fd = -1;
     c->interval_us = crpci_base_option(interval_ms, CRPCI_CACHE_MS, 0) * 1000;
     c->path = crpci_heap_strndup(h, path, strlen(path));
     c->found = crpci_cache_read(h, path);
@@ -11230,26 +11307,25 @@ CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path
  * by now; comparing inodes finds that. */
 CRPCI_COLD int crpci_cache_lock(const char *path)
 {
-    int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
     struct stat a, b;
+    int fd = crpci_cache_open(path, O_WRONLY | O_CREAT, true, &a);
     if (fd < 0)
         return -1;
-    if ((flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) && fstat(fd, &a) == 0 &&
-        stat(path, &b) == 0 && a.st_ino == b.st_ino && a.st_dev == b.st_dev)
+    if ((flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) && lstat(path, &b) == 0 &&
+        a.st_ino == b.st_ino && a.st_dev == b.st_dev)
         return fd;
     close(fd);
     errno = EWOULDBLOCK;
     return -1;
 }
 
-/* Writes a whole file under the temporary name, and renames it when it is safely on the disk: after
- * a power cut either the old file is there or the new one. */
-CRPCI_COLD bool crpci_cache_replace(crpci_heap *h, int fd, const char *temp, const char *path,
-                                    const char *parts)
+/* Writes a whole file under the temporary name. */
+CRPCI_COLD bool crpci_cache_fill(crpci_heap *h, int fd, const char *parts)
 {
     size_t n = 0, len = sizeof CRPCI_CACHE_HEAD - 1 + strlen(parts), size = len + 12;
     char *text = (char *)crpci_heap_alloc(h, size);
-    bool ok = text && size - 1 <= CRPCI_CACHE_MAX && ftruncate(fd, 0) == 0;
+    bool ok =
+        text && size - 1 <= CRPCI_CACHE_MAX && ftruncate(fd, 0) == 0 && lseek(fd, 0, SEEK_SET) == 0;
     if (ok) {
         snprintf(text, size, "%s%s", CRPCI_CACHE_HEAD, parts);
         snprintf(text + len, 12, "C %08x\n", (unsigned)crpci_cache_crc(text, len));
@@ -11260,12 +11336,24 @@ CRPCI_COLD bool crpci_cache_replace(crpci_heap *h, int fd, const char *temp, con
         n += put > 0 ? (size_t)put : 0;
     }
     crpci_heap_free(h, text, size);
-    return ok && fsync(fd) == 0 && rename(temp, path) == 0;
+    return ok;
 }
 
-/* Merges the program's own parts into the file. Waits for the disk, so the caller must not hold the
- * lock. False: it could not be written now. */
-CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *own)
+/* Renames the temporary file, and closes it, when it is safely on the disk: after a power cut
+ * either the old file is there or the new one. */
+CRPCI_COLD bool crpci_cache_settle(crpci_heap *h, const char *path, int fd)
+{
+    char *temp = crpci_heap_format(h, "%s.tmp", path);
+    bool ok = temp && fsync(fd) == 0 && rename(temp, path) == 0;
+    close(fd);
+    crpci_heap_strfree(h, temp);
+    return ok;
+}
+
+/* Merges the program's own parts with the file's into the temporary file; *out gets its descriptor,
+ * to be settled, if there is news. The caller must not hold the lock. False: it could not be
+ * written now. */
+CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *own, int *out)
 {
     char *temp = crpci_heap_format(h, "%s.tmp", path), *all = NULL;
     const char *mine = own;
@@ -11282,41 +11370,57 @@ CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *o
         news = true;
     }
     if (ok && news)
-        ok = crpci_cache_replace(h, fd, temp, path, all) || /* perhaps over CRPCI_CACHE_MAX? */
-             crpci_cache_replace(h, fd, temp, path, mine);
+        ok = crpci_cache_fill(h, fd, all) || /* perhaps over CRPCI_CACHE_MAX? */
+             crpci_cache_fill(h, fd, mine);
     else if (fd >= 0)
         unlink(temp);
-    if (fd >= 0)
+    if (ok && news)
+        *out = fd;
+    else if (fd >= 0)
         close(fd);
     crpci_heap_strfree(h, all);
     crpci_heap_strfree(h, temp);
     return ok;
 }
 
-/* When the file should be written next, on the loop's clock; INT64_MAX: there is nothing new. */
+/* When crpci_cache_save should be called next, on the loop's clock; INT64_MAX: there is nothing
+ * new. */
 CRPCI_FN int64_t crpci_cache_due(const crpci_cache *c)
 {
-    if (!c->path || !c->dirty || c->writing)
+    if (!c->path || c->writing || (!c->dirty && c->fd < 0))
         return INT64_MAX;
+    if (c->fd >= 0)
+        return c->written_us + CRPCI_CACHE_SETTLE_US;
+    if (c->failed && c->interval_us < CRPCI_CACHE_RETRY_US)
+        return c->written_us + CRPCI_CACHE_RETRY_US;
     return c->written_us ? c->written_us + c->interval_us : 0;
 }
 
-/* Writes the news to the file. Called locked; unlocks while it waits for the disk, and signals
- * `cond` at the end. After a failure the news stay due. */
-CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
+/* Writes the news to the file, in two steps if this thread should not wait for the disk
+ * (`patient`). Called locked; unlocks meanwhile, and signals `cond` at the end. After a failure the
+ * news stay due. */
+CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond, bool patient)
 {
-    char *own = c->own ? crpci_heap_strndup(c->heap, c->own, strlen(c->own)) : NULL;
-    bool ok;
-    c->dirty = false;
+    bool begin = c->fd < 0, ok = true;
+    char *own = begin && c->own ? crpci_heap_strndup(c->heap, c->own, strlen(c->own)) : NULL;
+    int fd = c->fd;
+    c->dirty = c->dirty && !begin;
+    c->fd = -1;
     c->writing = true;
     crpci_loop_unlock(l);
-    ok = own && crpci_cache_write(c->heap, c->path, own);
-    if (!ok && !c->failed)
+    if (begin)
+        ok = own && crpci_cache_write(c->heap, c->path, own, &fd);
+    if (fd >= 0 && !(begin && patient)) {
+        ok = crpci_cache_settle(c->heap, c->path, fd);
+        fd = -1;
+    }
+    if (!ok && !c->failed && errno != EWOULDBLOCK) /* else another loop's turn */
         crpci_heap_log(c->heap, CRPC_LOG_WARN,
                        "registry: cache file %.200s cannot be written: %s; crpc tries again later",
                        c->path, strerror(errno));
     crpci_heap_strfree(c->heap, own);
     crpci_loop_lock(l);
+    c->fd = fd;
     c->failed = !ok;
     c->dirty = c->dirty || !ok;
     c->writing = false;
@@ -11352,6 +11456,7 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
  * again about a second later. */
 
 #define CRPCI_DIRECTORY_RETRY_US 1000000 /* before a list that was not taken is offered again */
+#define CRPCI_DIRECTORY_FEW      4u /* with fewer providers, one after another may well stop */
 
 /* All providers of a service at one time, sorted by address, each address once. Immutable once it
  * has been handed out, so that readers need a reference but no lock. */
@@ -11444,7 +11549,8 @@ CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
 }
 
 /* Makes the list of those names that a consumer wants, with the overrides applied (NULL: none).
- * *bad: how many names were malformed. NULL: out of memory. Runs without the lock. */
+ * *bad: how many names were malformed, those of foreign schemes left out. NULL: out of memory. Runs
+ * without the lock. */
 CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *names, size_t count,
                                                  const crpci_names_service *want,
                                                  const crpci_names_overrides *overrides,
@@ -11466,7 +11572,7 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
         }
         memcpy(text, name, size);
         if (!crpci_names_parse(&node, text)) {
-            ++*bad;
+            *bad += !node.scheme || crpci_names_speaks(node.scheme);
         } else if (crpci_names_takes(want, &node)) {
             crpci_names_overrides_apply(overrides, want, &node.provider);
             s->providers[s->count] = node.provider;
@@ -11626,9 +11732,12 @@ typedef struct crpci_subscriber {
     void *user;
     crpci_directory_caller caller;
     crpci_snapshot *last;  /* the list that it took last; NULL: none yet */
+    crpci_snapshot *fuller; /* `last` before it became shorter; NULL: it has not, of late */
+    int64_t fuller_us;      /* when it did */
     int64_t first_us;      /* before this time an empty first list is withheld */
     int64_t hold_until_us; /* end of protection; 0: `last` has no kept providers */
     bool doubted;          /* its list is stale: providers missing in the next one are kept */
+    bool wiped;            /* ... and those of `fuller` too: the registry has lost its data */
     bool warned;           /* keeping the last good list was logged */
     bool ended;            /* removed: nothing is pushed any more */
 } crpci_subscriber;
@@ -11673,6 +11782,7 @@ CRPCI_FN void crpci_directory_subscriber_unref(crpci_subscriber *s)
     if (--s->refs)
         return;
     crpci_directory_snapshot_unref(s->last);
+    crpci_directory_snapshot_unref(s->fuller);
     crpci_names_release(d->loop->heap, &s->want);
     crpci_heap_free(d->loop->heap, s, s->size);
     crpci_directory_unref(d);
@@ -11738,7 +11848,8 @@ CRPCI_FN crpci_snapshot *crpci_directory_protect(const crpci_subscriber *s,
 {
     const crpci_directory *d = s->directory;
     bool hold = !list || (list->count && crpci_loop_now(d->loop) < s->hold_until_us);
-    size_t listed = list ? list->count : 0, kept = hold && s->last ? s->last->count : 0, i;
+    size_t listed = list ? list->count : 0, last = hold && s->last ? s->last->count : 0, i;
+    size_t kept = last + (hold && s->wiped && s->fuller ? s->fuller->count : 0);
     crpci_snapshot *out = crpci_directory_snapshot(d->loop->heap, listed + kept);
     if (!out)
         return NULL;
@@ -11747,7 +11858,7 @@ CRPCI_FN crpci_snapshot *crpci_directory_protect(const crpci_subscriber *s,
     out->count = listed;
     for (i = 0; i < kept; i++) {
         crpci_provider *p = &out->providers[out->count];
-        *p = s->last->providers[i];
+        *p = i < last ? s->last->providers[i] : s->fuller->providers[i - last];
         if (list && !s->doubted && !p->kept)
             continue;
         p->kept = p->kept || list;
@@ -11777,6 +11888,7 @@ CRPCI_FN bool crpci_directory_propose(crpci_subscriber *s, const crpci_snapshot 
     s->doubted = !list; /* before the push, which unlocks: the registry may go away meanwhile */
     taken = crpci_directory_push(s, out);
     s->doubted = s->doubted || (doubted && !taken);
+    s->wiped = s->wiped && !taken; /* `last` has all of them now */
     return taken;
 }
 
@@ -11808,6 +11920,27 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
     return taken;
 }
 
+/* Recognises a registry that has lost its data, by a list of less than a quarter of the providers
+ * that were known within hold_us: a subscriber that reads while nodes are being deleted, or only
+ * after the first providers are back, never sees the directory empty. */
+CRPCI_FN void crpci_directory_suspect(crpci_subscriber *s, const crpci_snapshot *list)
+{
+    int64_t now = crpci_loop_now(s->directory->loop), hold = s->directory->hold_us;
+    if (!s->wiped && now - s->fuller_us >= hold) {
+        crpci_directory_snapshot_unref(s->fuller);
+        s->fuller = NULL;
+    }
+    if (!hold || !s->last || s->doubted || s->hold_until_us || list->count >= s->last->count)
+        return;
+    if (!s->fuller) {
+        crpci_directory_snapshot_ref(s->last);
+        s->fuller = s->last;
+        s->fuller_us = now;
+    }
+    s->wiped = s->fuller->count >= CRPCI_DIRECTORY_FEW && list->count < (s->fuller->count + 3) / 4;
+    s->doubted = s->wiped;
+}
+
 /* Makes a subscriber's list from a report and offers it. Unlocks. */
 CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, const crpci_directory_report *r)
 {
@@ -11828,6 +11961,8 @@ CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, const crpci_directory_r
                        "they are ignored",
                        d->name, bad);
     d->names_warned = d->names_warned || bad;
+    if (list)
+        crpci_directory_suspect(s, list);
     taken = list && crpci_directory_deliver(s, list, r->whole && !bad);
     crpci_directory_snapshot_unref(list);
     return taken;
@@ -12036,7 +12171,7 @@ CRPCI_COLD void crpci_directory_recall(crpci_subscriber *s)
     crpci_names_free(h, &override_names);
     crpci_loop_lock(d->loop);
     if (list && list->count && !s->last && !s->ended) {
-        list->stale = true;
+        list->stale = s->doubted = true;
         (void)crpci_directory_push(s, list);
     } else {
         crpci_directory_snapshot_unref(list);
@@ -12155,6 +12290,7 @@ typedef struct crpci_file {
     bool again;       /* read once more: a change within the same tick of mtime is invisible */
     size_t bad;       /* number of malformed lines that was logged, and the first of them */
     size_t bad_line;
+    int failed; /* errno of the last read, which was logged; 0: it succeeded */
 } crpci_file;
 
 /* The result of reading a file. */
@@ -12162,6 +12298,7 @@ typedef struct crpci_file_text {
     crpci_names names;
     size_t bad;      /* malformed lines */
     size_t bad_line; /* number of the first one */
+    int failed;      /* errno, with CRPC_ESYSTEM */
 } crpci_file_text;
 
 /* Translates one line, in place, into a provider's URL. False: malformed, or an unknown key. */
@@ -12181,7 +12318,7 @@ CRPCI_FN bool crpci_file_line(char *line, char *out, size_t size)
     crpci_addr a;
     size_t i;
     int n;
-    if (!crpci_sock_parse(&a, word) || !crpci_sock_port(&a))
+    if (!crpci_sock_parse(&a, word) || !crpci_names_is_host(&a))
         return false;
     t.out = out;
     t.size = size;
@@ -12246,9 +12383,11 @@ CRPCI_FN int crpci_file_read(const crpci_file *f, crpci_file_text *out)
     bool ok;
     memset(out, 0, sizeof *out);
     errno = 0;
-    text = crpci_cache_read_file(h, f->path, CRPCI_FILE_MAX, &size);
-    if (!text)
-        return errno == ENOENT ? CRPC_OK : CRPC_ESYSTEM;
+    text = crpci_cache_read_file(h, f->path, CRPCI_FILE_MAX, false, &size);
+    if (!text) {
+        out->failed = errno == ENOENT ? 0 : errno;
+        return out->failed ? CRPC_ESYSTEM : CRPC_OK;
+    }
     ok = crpci_file_parse(h, text, out);
     crpci_heap_free(h, text, size);
     return ok ? CRPC_OK : CRPC_ENOMEM;
@@ -12292,6 +12431,13 @@ CRPCI_FN void crpci_file_examine(crpci_file *f)
                        d->name, text.bad, text.bad_line);
     f->bad = text.bad;
     f->bad_line = text.bad_line;
+    if (text.failed && text.failed != f->failed)
+        crpci_heap_log(
+            d->loop->heap, CRPC_LOG_WARN,
+            "registry %.200s: cannot be read: %s; it must be a regular file of at most %u "
+            "bytes. Tried again each second",
+            d->name, strerror(text.failed), CRPCI_FILE_MAX);
+    f->failed = text.failed;
     if (err == CRPC_ESYSTEM)
         (void)crpci_directory_age(d);
     report.names = text.names.name;
@@ -12411,6 +12557,7 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
 #define CRPCI_MULTICAST_GATHER_US   10000   /* changes within this time are reported together */
 #define CRPCI_MULTICAST_FIRST_US    1000000 /* without an answer until then the list is empty */
 #define CRPCI_MULTICAST_TICK_US     1000000
+#define CRPCI_MULTICAST_JOIN_US     5000000 /* between looks whether to join the group again */
 #define CRPCI_MULTICAST_GRACE_US    2000000 /* time for answers after the loop did not run */
 
 /* A provider that was heard. One block, with the name behind the struct. */
@@ -12420,6 +12567,7 @@ typedef struct crpci_multicast_peer {
     char *name;  /* its URL, percent-encoded as the name of a znode is */
     uint64_t url, service; /* hashes of the URL and of the service */
     crpci_provider is;
+    int64_t heard_us; /* its last announcement */
     int64_t expires_us;
 } crpci_multicast_peer;
 
@@ -12428,10 +12576,12 @@ typedef struct crpci_multicast {
     crpci_backend base;
     crpci_directory directory; /* of all services; its last reference frees this struct */
     crpci_timer timer;
-    int fd;
+    int fd; /* -1: it cannot be opened at present */
     crpci_watch watch;
     crpci_addr group;
+    char *interface;       /* as the option names it, or NULL */
     struct ip_mreqn which; /* the interface to send and receive on */
+    int64_t join_us;       /* when to look whether the group has to be joined again */
     crpci_list peers;
     size_t peer_count;
     crpci_list regs; /* services that this process offers */
@@ -12499,6 +12649,39 @@ CRPCI_COLD int crpci_multicast_socket(const crpci_addr *group, struct ip_mreqn *
     close(fd);
     errno = saved;
     return -1;
+}
+
+/* Joins the group again if the interface was removed and is there again, or if the routing table
+ * has another one: the kernel forgets a membership with its interface. It tells by accepting one
+ * more; then a socket without the old one takes over. Locked. */
+CRPCI_COLD void crpci_multicast_rejoin(crpci_multicast *r)
+{
+    crpc_loop *l = r->base.loop;
+    const char *call;
+    struct ip_mreqn which;
+    int fd;
+    if (!crpci_multicast_interface(r->interface, &which))
+        return; /* it may come back */
+    which.imr_multiaddr = r->group.u.in4.sin_addr;
+    if (r->fd >= 0 && setsockopt(r->fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, &which, sizeof which))
+        return; /* EADDRINUSE: all is well; else there is no interface */
+    fd = crpci_multicast_socket(&r->group, &which, &call);
+    if (fd < 0) { /* the next look has to notice again */
+        setsockopt(r->fd, IPPROTO_IP, IP_DROP_MEMBERSHIP, &which, sizeof which);
+        return;
+    }
+    if (r->fd >= 0) {
+        crpci_watch_set(l, &r->watch, r->fd, 0);
+        close(r->fd);
+    }
+    r->fd = fd;
+    r->which = which;
+    if (crpci_watch_set(l, &r->watch, fd, CRPC_READABLE)) {
+        close(fd); /* no memory: the next look tries again */
+        r->fd = -1;
+    }
+    crpci_heap_log(l->heap, CRPC_LOG_WARN,
+                   "registry %s: joined the group again on another interface", r->directory.name);
 }
 
 /* Sends a text to the group. A failure is logged once until a send succeeds again. Locked. */
@@ -12570,18 +12753,6 @@ CRPCI_FN int64_t crpci_multicast_ttl(const char *url)
     return (int64_t)ms * 1000;
 }
 
-/* Whether an address can be connected to: neither a multicast nor an unspecified one. */
-CRPCI_FN bool crpci_multicast_is_host(const char *address)
-{
-    crpci_addr a;
-    if (!crpci_sock_parse(&a, address))
-        return false;
-    if (a.u.any.sa_family == AF_INET6)
-        return !IN6_IS_ADDR_MULTICAST(&a.u.in6.sin6_addr) &&
-               !IN6_IS_ADDR_UNSPECIFIED(&a.u.in6.sin6_addr);
-    return ntohl(a.u.in4.sin_addr.s_addr) >> 28 < 14 && a.u.in4.sin_addr.s_addr != 0;
-}
-
 /* Stores a provider, and removes its earlier entry `old`, if there is one. */
 CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, const crpci_names_node *n,
                                    crpci_multicast_peer *old)
@@ -12596,7 +12767,8 @@ CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, const cr
     p->url = crpci_names_hash(url);
     p->service = crpci_names_hash(n->of.service);
     p->is = n->provider;
-    p->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
+    p->heard_us = crpci_loop_now(r->base.loop);
+    p->expires_us = p->heard_us + crpci_multicast_ttl(url);
     if (old)
         crpci_multicast_forget(r, old);
     crpci_list_append(&r->peers, &p->link);
@@ -12610,13 +12782,18 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
 {
     crpci_names_node n;
     crpci_multicast_peer *old;
+    int64_t now = crpci_loop_now(r->base.loop), ttl = crpci_multicast_ttl(url);
+    bool same;
     memcpy(r->scratch, url, strlen(url) + 1);
-    if (!crpci_names_read(&n, r->scratch) || !*n.of.service ||
-        !crpci_multicast_is_host(n.provider.address))
+    if (!crpci_names_read(&n, r->scratch) || !*n.of.service)
         return false;
     old = crpci_multicast_find(r, &n);
-    if (old && old->is.timestamp_ms > n.provider.timestamp_ms)
-        return true; /* delayed in the network: the provider has been restarted since */
+    same = old && old->url == crpci_names_hash(url);
+    /* The network has delayed it, and the provider was restarted since. Unless that one has been
+     * silent for long: then its host's clock has gone back, as at a start without a battery. */
+    if (old && old->is.timestamp_ms > n.provider.timestamp_ms &&
+        (going || now - old->heard_us < ttl / 2))
+        return true;
     if (going) {
         if (old) {
             crpci_multicast_forget(r, old);
@@ -12624,9 +12801,10 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
         }
         return true;
     }
-    if (old && old->url == crpci_names_hash(url))
-        old->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
-    else if (crpci_multicast_wanted(r, &n)) {
+    if (same) {
+        old->heard_us = now;
+        old->expires_us = now + ttl;
+    } else if (crpci_multicast_wanted(r, &n)) {
         if (!old && r->peer_count >= CRPCI_MULTICAST_MAX)
             return false;
         crpci_multicast_keep(r, url, &n, old);
@@ -12813,8 +12991,10 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
     for (i = r->peers.next; i != &r->peers; i = i->next)
         names.size += strlen(CRPCI_CONTAINER(i, crpci_multicast_peer, link)->name) + 1;
     names.name = (char **)crpci_heap_alloc(h, names.size);
-    if (!names.name)
-        return; /* serve_us stays set: the next tick tries again */
+    if (!names.name) {
+        r->serve_us = crpci_loop_now(r->base.loop) + CRPCI_MULTICAST_TICK_US;
+        return;
+    }
     p = (char *)(names.name + r->peer_count);
     for (i = r->peers.next; i != &r->peers; i = i->next) {
         const char *name = CRPCI_CONTAINER(i, crpci_multicast_peer, link)->name;
@@ -12836,6 +13016,10 @@ CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
 {
     int64_t now = crpci_loop_now(r->base.loop);
     crpci_list *i;
+    if (now >= r->join_us) {
+        r->join_us = now + CRPCI_MULTICAST_JOIN_US;
+        crpci_multicast_rejoin(r);
+    }
     crpci_multicast_expire(r, now);
     for (i = r->directory.subscribers.next; i != &r->directory.subscribers; i = i->next) {
         crpci_multicast_sub *s = CRPCI_CONTAINER(i, crpci_multicast_sub, base.link);
@@ -12984,6 +13168,7 @@ CRPCI_FN void crpci_multicast_free(crpci_directory *d)
         crpci_multicast_forget(r, CRPCI_CONTAINER(r->peers.next, crpci_multicast_peer, link));
     if (r->fd >= 0)
         close(r->fd);
+    crpci_heap_strfree(d->loop->heap, r->interface);
     crpci_heap_free(d->loop->heap, r, sizeof *r);
 }
 
@@ -12996,7 +13181,8 @@ CRPCI_FN void crpci_multicast_close(crpci_backend *b)
     while (!crpci_list_empty(&r->regs))
         crpci_multicast_reg_end(CRPCI_CONTAINER(r->regs.next, crpci_multicast_reg, link));
     crpci_loop_timer_cancel(l, &r->timer);
-    crpci_watch_set(l, &r->watch, r->fd, 0);
+    if (r->fd >= 0)
+        crpci_watch_set(l, &r->watch, r->fd, 0);
     crpci_directory_end(&r->directory);
     crpci_loop_unlock(l);
     crpci_loop_release(l);
@@ -13011,7 +13197,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                     const crpci_directory_options *o, crpci_backend **out,
                                     crpc_error *error)
 {
-    const char *call = NULL;
+    const char *call = NULL, *interface = o->interface ? o->interface : "";
     struct ip_mreqn which;
     crpci_addr group;
     crpci_multicast *r;
@@ -13028,9 +13214,14 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                 "`ip address`",
                                 url->authority, o->interface);
     r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
-    if (!r || !crpci_directory_init(&r->directory, l,
-                                    crpci_heap_format(l->heap, "multicast://%s", url->authority),
-                                    crpci_multicast_free)) {
+    if (r)
+        r->interface = crpci_heap_strndup(l->heap, interface, strlen(interface));
+    if (!r || !r->interface ||
+        !crpci_directory_init(&r->directory, l,
+                              crpci_heap_format(l->heap, "multicast://%s", url->authority),
+                              crpci_multicast_free)) {
+        if (r)
+            crpci_heap_strfree(l->heap, r->interface);
         crpci_heap_free(l->heap, r, sizeof *r);
         return crpci_status_set(error, CRPC_ENOMEM, "multicast://%.60s: out of memory",
                                 url->authority);
@@ -13052,6 +13243,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
     } else {
         crpci_loop_lock(l);
         r->tick_us = crpci_loop_now(l);
+        r->join_us = r->tick_us + CRPCI_MULTICAST_JOIN_US;
         err = crpci_watch_set(l, &r->watch, r->fd, CRPC_READABLE);
         crpci_loop_unlock(l);
         if (err)
@@ -13333,6 +13525,7 @@ struct crpci_zk_session {
     bool deferred; /* closed inside a callback: crpci_zk_session_run finishes the closing */
     bool aged;     /* the lists have been marked stale since the loss */
     bool warned;   /* the current trouble has been logged */
+    bool called;   /* the completion thread was called to save the cache */
     int64_t id;    /* the server's session id; 0: this handle has had none yet */
     int64_t lost_us;
     int64_t due_us; /* see the states; INT64_MAX: nothing is due */
@@ -13907,7 +14100,7 @@ CRPCI_FN void crpci_zk_session_connected(crpci_zk_session *s, int64_t id, int ti
                    "registry zookeeper://%s: connected, %s session 0x%llx, timeout %d ms",
                    s->authority, fresh ? "new" : "same", (unsigned long long)id, timeout_ms);
     crpci_zk_session_to(s, CRPCI_ZK_CONNECTED, INT64_MAX);
-    s->warned = s->aged = false;
+    s->warned = s->aged = s->called = false;
     s->id = id;
     s->negotiated_ms = timeout_ms;
     s->refused = 0;
@@ -14325,6 +14518,38 @@ CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
     if (rc != ZOK)
         s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
 }
+
+/* The answer to a call of the completion thread: crpci_zk_session_leave saves the cache. */
+CRPCI_FN void crpci_zk_session_on_call(int rc, const struct Stat *stat, const void *data)
+{
+    crpci_zk_handle *handle = (crpci_zk_handle *)(uintptr_t)data;
+    (void)rc;
+    (void)stat;
+    crpci_zk_session_enter(handle);
+    if (handle == handle->session->handle)
+        handle->session->called = false;
+    crpci_zk_session_leave(handle);
+}
+
+/* Whether the cache is saved next by a call of the completion thread: the loop's thread must not
+ * wait for the disk. A callback that is running saves it anyway. Without a connection it can wait,
+ * because there is hardly any news. */
+CRPCI_FN bool crpci_zk_session_calls(const crpci_zk_session *s)
+{
+    return s->phase == CRPCI_ZK_CONNECTED && !s->called && !s->handle->inside;
+}
+
+/* Sends the request that calls it, when the cache is due. Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_call_saver(crpci_zk_session *s)
+{
+    crpci_zk_handle *handle = s->handle;
+    if (!crpci_zk_session_calls(s) || crpci_cache_due(&s->cache) > crpci_zk_job_now(s))
+        return;
+    s->called = true; /* and stays so if the client refuses: the next connection resets it */
+    crpci_loop_unlock(s->loop);
+    (void)zoo_aexists(handle->zh, "/", 0, crpci_zk_session_on_call, handle);
+    crpci_loop_lock(s->loop);
+}
 #endif
 
 /* Does what the phase has due. The caller is busy; locked, unlocks meanwhile. */
@@ -14332,6 +14557,8 @@ CRPCI_FN void crpci_zk_session_supervise(crpci_zk_session *s)
 {
 #if CRPC_ZOOKEEPER_ST
     crpci_zk_session_renew(s);
+#else
+    crpci_zk_session_call_saver(s);
 #endif
     if (s->closing || crpci_zk_job_now(s) < s->due_us)
         return;
@@ -14351,16 +14578,19 @@ CRPCI_FN void crpci_zk_session_supervise(crpci_zk_session *s)
 /* Sets the timer to the next thing that is due. Locked. */
 CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
 {
-    int64_t next = crpci_base_min64(s->due_us, crpci_cache_due(&s->cache));
-    int64_t now = crpci_zk_job_now(s);
+    int64_t next = s->due_us, now = crpci_zk_job_now(s);
     const crpci_zk_job *job = crpci_zk_session_next(s);
     if (job)
         next = crpci_base_min64(next, job->due_us);
     if (s->phase == CRPCI_ZK_CONNECTED && !s->handle->authed)
         next = crpci_base_min64(next, now + CRPCI_ZK_JOB_RETRY_US / 10);
 #if CRPC_ZOOKEEPER_ST
+    next = crpci_base_min64(next, crpci_cache_due(&s->cache));
     if (s->handle)
         next = crpci_base_min64(next, s->client_us);
+#else
+    if (crpci_zk_session_calls(s))
+        next = crpci_base_min64(next, crpci_cache_due(&s->cache));
 #endif
     if (next != INT64_MAX)
         crpci_loop_timer_set(s->loop, &s->timer, next - now);
@@ -14451,7 +14681,7 @@ CRPCI_COLD void crpci_zk_session_replace(crpci_zk_session *s, const crpci_zk_han
 CRPCI_FN void crpci_zk_session_save(crpci_zk_session *s)
 {
     if (!s->closing && crpci_cache_due(&s->cache) <= crpci_zk_job_now(s))
-        crpci_cache_save(&s->cache, s->loop, &s->cond);
+        crpci_cache_save(&s->cache, s->loop, &s->cond, CRPC_ZOOKEEPER_ST);
 }
 
 static void crpci_zk_session_leave(crpci_zk_handle *handle)
@@ -14462,7 +14692,10 @@ static void crpci_zk_session_leave(crpci_zk_handle *handle)
 #if !CRPC_ZOOKEEPER_ST
     if (s->phase == CRPCI_ZK_OVER && s->handle == handle)
         crpci_zk_session_replace(s, handle);
-    crpci_zk_session_save(s); /* here and not only in the loop: writing waits for the disk */
+    crpci_zk_session_save(s); /* here, because it waits for the disk */
+    handle->inside = false;
+    if (!s->closing && crpci_cache_due(&s->cache) != INT64_MAX)
+        crpci_zk_session_arm(s);
 #endif
     handle->inside = false;
     crpci_loop_unlock(l);
@@ -14475,7 +14708,9 @@ CRPCI_FN void crpci_zk_session_on_timer(crpc_loop *l, crpci_timer *timer)
     crpci_zk_session *s = CRPCI_CONTAINER(timer, crpci_zk_session, timer);
     s->refs++;
     crpci_zk_session_run(s);
+#if CRPC_ZOOKEEPER_ST
     crpci_zk_session_save(s);
+#endif
     crpci_zk_session_unlock(s);
     crpci_loop_lock(l);
 }
@@ -14651,8 +14886,10 @@ CRPCI_FN void crpci_zk_pool_close(crpci_zk_session *s, bool last)
     } else if (last) {
         while (s->busy || s->cache.writing)
             crpci_thread_wait(&s->cond, &s->loop->lock, -1);
+        if (crpci_cache_due(&s->cache) != INT64_MAX && s->cache.fd >= 0) /* written, not synced */
+            crpci_cache_save(&s->cache, s->loop, &s->cond, false);
         if (crpci_cache_due(&s->cache) != INT64_MAX) /* unsaved news: write them now */
-            crpci_cache_save(&s->cache, s->loop, &s->cond);
+            crpci_cache_save(&s->cache, s->loop, &s->cond, false);
         crpci_zk_session_shut(s);
     }
     crpci_zk_session_unlock(s);
@@ -14919,8 +15156,8 @@ CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
  *                                                                  another session's: EVICT
  *     OWNED   this session's, as of late       exists, every       as in CHECK
  *                                              minute
- *     EVICT   another session's, perhaps of    delete              gone: CREATE
- *             an earlier run of this program
+ *     EVICT   another session's, perhaps of    delete and create,  ok: OWNED; gone: CREATE;
+ *             an earlier run of this program   in one multi        no answer: CHECK
  *     REMOVE  ours, not wanted (any more)      delete, or what     gone: FIND if there may be a
  *                                              the owner orders    second one, else ABSENT
  *
@@ -14983,6 +15220,9 @@ struct crpci_zk_own {
     char *prefix;
     unsigned failures;
     unsigned fights; /* how often in a row the node was another session's */
+    crpci_zk_multi exchange; /* EVICT's request: consumers see no list without the node */
+    zoo_op_t exchange_ops[2];
+    zoo_op_result_t exchange_results[2];
 };
 
 /* Replaces own->path or own->prefix. */
@@ -15033,18 +15273,24 @@ CRPCI_FN void crpci_zk_node_own_fail(crpci_zk_own *own, int rc, const char *why)
 {
     crpci_zk_session *s = own->job.session;
     bool wanted = own->wish == CRPCI_ZK_WISH_WANTED;
+    bool removes = own->state == CRPCI_ZK_OWN_REMOVE;
+    /* A node under an earlier address must not hold up the one under the new address. But whoever
+     * leaves a sequential node behind stands in a queue behind itself. */
+    bool moves = removes && own->wish >= CRPCI_ZK_WISH_AFRESH && !own->sequential;
     int64_t wait = crpci_zk_job_backoff(s, own->failures);
     if (own->failures++ % 10 == 0)
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
                        "registry zookeeper://%s: cannot %s a node in %s: %s; next attempt in %d ms",
-                       s->authority, wanted ? "make" : "remove", own->dir, why, (int)(wait / 1000));
-    if (!wanted && own->failures > CRPCI_ZK_NODE_FORGET) { /* ends with the session */
+                       s->authority, removes || !wanted ? "remove" : "make", own->dir, why,
+                       (int)(wait / 1000));
+    if (moves || (!wanted && own->failures > CRPCI_ZK_NODE_FORGET)) { /* ends with the session */
         crpci_zk_node_own_set(own, &own->path, NULL);
         crpci_zk_node_own_set(own, &own->prefix, NULL);
+        own->state = CRPCI_ZK_OWN_ABSENT;
     }
     crpci_zk_node_own_next(own);
     crpci_zk_node_own_wait(own, wait);
-    if (rc && wanted)
+    if (rc && wanted && !moves)
         own->owner->lost(own, rc);
 }
 
@@ -15068,12 +15314,24 @@ CRPCI_FN bool crpci_zk_node_own_name(crpci_zk_own *own)
     return true;
 }
 
+/* Fills in EVICT's transaction: another session's node is replaced by ours. */
+CRPCI_FN const crpci_zk_multi *crpci_zk_node_own_exchange(crpci_zk_own *own)
+{
+    zoo_delete_op_init(&own->exchange_ops[0], own->path, -1);
+    zoo_create_op_init(&own->exchange_ops[1], own->path, own->data, own->size,
+                       crpci_zk_session_acl(0), ZOO_EPHEMERAL, NULL, 0);
+    own->exchange.count = 2;
+    own->exchange.ops = own->exchange_ops;
+    own->exchange.results = own->exchange_results;
+    return &own->exchange;
+}
+
 /* The state's request, by the table above. The wish may have changed while a parent was created. */
 CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
 {
     static const uint8_t verbs[] = {CRPCI_ZK_STAT,   CRPCI_ZK_CREATE, CRPCI_ZK_LIST,
                                     CRPCI_ZK_CREATE, CRPCI_ZK_STAT,   CRPCI_ZK_STAT,
-                                    CRPCI_ZK_DELETE, CRPCI_ZK_DELETE};
+                                    CRPCI_ZK_MULTI,  CRPCI_ZK_DELETE};
     crpci_zk_own *own = CRPCI_CONTAINER(job, crpci_zk_own, job);
     crpci_zk_node_own_next(own);
     if (own->state == CRPCI_ZK_OWN_CREATE && !crpci_zk_node_own_name(own))
@@ -15085,7 +15343,9 @@ CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
     o->size = own->size;
     o->flags = CRPC_NODE_EPHEMERAL | CRPC_NODE_PARENTS;
     o->flags |= own->sequential ? CRPC_NODE_SEQUENTIAL : 0;
-    if (own->state == CRPCI_ZK_OWN_REMOVE && own->owner->leave && !own->plain)
+    if (own->state == CRPCI_ZK_OWN_EVICT)
+        o->multi = crpci_zk_node_own_exchange(own);
+    else if (own->state == CRPCI_ZK_OWN_REMOVE && own->owner->leave && !own->plain)
         o->multi = own->owner->leave(own);
     if (o->multi)
         o->verb = CRPCI_ZK_MULTI;
@@ -15180,11 +15440,24 @@ CRPCI_FN void crpci_zk_node_own_lose(crpci_zk_own *own, bool foreign)
             own, crpci_zk_job_backoff(own->job.session, own->fights - CRPCI_ZK_NODE_FIGHTS));
 }
 
+/* The answer to EVICT's transaction. */
+CRPCI_FN void crpci_zk_node_own_exchanged(crpci_zk_own *own, int64_t sent_us, int rc)
+{
+    if (rc == ZOK)
+        crpci_zk_node_own_mine(own, sent_us, NULL);
+    else if (rc == ZNONODE) /* the other session has ended meanwhile */
+        crpci_zk_node_own_to(own, CRPCI_ZK_OWN_CREATE);
+    else
+        crpci_zk_node_own_fail(own, rc, zerror(rc));
+}
+
 CRPCI_FN void crpci_zk_node_own_answered(crpci_zk_own *own, const crpci_zk_request *q,
                                          const crpci_zk_answer *a)
 {
     bool creates = q->order.verb == CRPCI_ZK_CREATE;
-    if (a->rc == ZNODEEXISTS && creates) {
+    if (own->state == CRPCI_ZK_OWN_EVICT) {
+        crpci_zk_node_own_exchanged(own, q->sent_us, a->rc);
+    } else if (a->rc == ZNODEEXISTS && creates) {
         crpci_zk_node_own_to(own, CRPCI_ZK_OWN_CHECK);
     } else if (a->rc != ZOK && a->rc != ZNONODE && q->order.verb == CRPCI_ZK_MULTI) {
         own->plain = true;
@@ -15197,8 +15470,6 @@ CRPCI_FN void crpci_zk_node_own_answered(crpci_zk_own *own, const crpci_zk_reque
         crpci_zk_node_own_made(own, q->sent_us, a->text);
     } else if (own->state == CRPCI_ZK_OWN_FIND) {
         crpci_zk_node_own_found(own, q->sent_us, a);
-    } else if (own->state == CRPCI_ZK_OWN_EVICT) {
-        crpci_zk_node_own_to(own, CRPCI_ZK_OWN_CREATE);
     } else if (own->state == CRPCI_ZK_OWN_REMOVE) {
         own->plain = false;
         crpci_zk_node_own_set(own, &own->path, NULL);
@@ -15236,7 +15507,9 @@ CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
         crpci_zk_node_own_answered(own, q, a);
         break;
     case CRPCI_ZK_DOUBTED:
-        crpci_zk_node_own_to(own, own->prefix && !own->path ? CRPCI_ZK_OWN_FIND : own->state);
+        crpci_zk_node_own_to(own, own->prefix && !own->path          ? CRPCI_ZK_OWN_FIND
+                                  : own->state == CRPCI_ZK_OWN_EVICT ? CRPCI_ZK_OWN_CHECK
+                                                                     : own->state);
         crpci_zk_node_own_wait(own, crpci_zk_job_spread(s, CRPCI_ZK_JOB_RETRY_US, 50));
         break;
     case CRPCI_ZK_RESUMED: /* the local address may have changed: check soon */
@@ -15327,6 +15600,7 @@ typedef struct crpci_zk_service {
     bool following; /* providers are read: only after the overrides, so that no subscriber sees a
                      * provider that an override has disabled */
     bool aged;      /* visited by the current pass of crpci_zk_directory_age */
+    bool exists;    /* the directory of providers: then consumers announce themselves */
 } crpci_zk_service;
 
 /* An open zookeeper:// URL. */
@@ -15414,6 +15688,19 @@ CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_
     return true;
 }
 
+/* The service is known to exist: announces its consumers. Until then they must not make its
+ * directory, which stays for ever, because its name may be mistyped. */
+CRPCI_FN void crpci_zk_directory_announce(crpci_zk_service *v)
+{
+    crpci_list *i;
+    for (i = v->directory.subscribers.next; i != &v->directory.subscribers; i = i->next) {
+        crpci_zk_subscriber *sub = CRPCI_CONTAINER(i, crpci_zk_subscriber, base.link);
+        if (sub->consumer && !v->exists)
+            crpci_zk_node_own_want(&sub->consumer->own, CRPCI_ZK_WISH_WANTED);
+    }
+    v->exists = true;
+}
+
 /* The providers were read. A directory that does not exist counts as empty, because the first
  * provider creates it. Unlocks. */
 CRPCI_FN bool crpci_zk_directory_on_providers(crpci_zk_watch *w, const crpci_zk_answer *a)
@@ -15422,6 +15709,8 @@ CRPCI_FN bool crpci_zk_directory_on_providers(crpci_zk_watch *w, const crpci_zk_
     crpci_directory_report report;
     if (a->rc != ZOK && a->rc != ZNONODE)
         return crpci_directory_age(&v->directory);
+    if (a->rc == ZOK)
+        crpci_zk_directory_announce(v);
     report.names = crpci_zk_node_names(a, &report.count);
     report.whole = true;
     return crpci_directory_update(&v->directory, &report);
@@ -15703,7 +15992,8 @@ CRPCI_FN void crpci_zk_directory_lost(crpci_zk_own *own, int rc)
 static const crpci_zk_owner crpci_zk_directory_owner = {
     crpci_zk_directory_name, crpci_zk_directory_owned, crpci_zk_directory_lost, NULL};
 
-/* Registers a provider or, without an address, a consumer. Locked; the caller kicks the session. */
+/* Registers a provider or, without an address, a consumer, which is not announced yet. Locked; the
+ * caller kicks the session. */
 CRPCI_FN int crpci_zk_directory_register(crpci_zk_directory *b, const crpci_names_service *what,
                                          crpci_directory_status_fn status, void *user,
                                          crpci_zk_registration **out)
@@ -15734,7 +16024,8 @@ CRPCI_FN int crpci_zk_directory_register(crpci_zk_directory *b, const crpci_name
     reg->own.unwatched = !what->address;
     crpci_zk_job_add(&reg->sweep, &crpci_zk_directory_sweep, s, INT64_MAX, reg,
                      crpci_zk_directory_unref);
-    crpci_zk_node_own_want(&reg->own, CRPCI_ZK_WISH_WANTED);
+    crpci_zk_node_own_want(&reg->own,
+                           what->address ? CRPCI_ZK_WISH_WANTED : CRPCI_ZK_WISH_UNWANTED);
     *out = reg;
     return CRPC_OK;
 }
@@ -15792,9 +16083,11 @@ CRPCI_FN void crpci_zk_directory_withdraw(crpci_backend *base, void *handle)
 CRPCI_FN void crpci_zk_directory_leave(crpci_zk_subscriber *sub)
 {
     crpci_zk_service *v = CRPCI_CONTAINER(sub->base.directory, crpci_zk_service, directory);
+    crpci_zk_registration *consumer = sub->consumer;
     crpci_list_remove(&sub->link);
-    if (sub->consumer)
-        crpci_zk_directory_registration_end(sub->consumer);
+    sub->consumer = NULL; /* before unlocking: crpci_zk_directory_announce must not find it */
+    if (consumer)
+        crpci_zk_directory_registration_end(consumer);
     v->directory.refs++;
     crpci_directory_remove(&sub->base);
     if (crpci_list_empty(&v->directory.subscribers) && !v->directory.ended)
@@ -15833,6 +16126,8 @@ CRPCI_FN int crpci_zk_directory_subscribe(crpci_backend *base, const crpci_names
         crpci_zk_directory_service_end(v);
     } else if (!err) {
         *out = &sub->base;
+        if (v->exists && sub->consumer)
+            crpci_zk_node_own_want(&sub->consumer->own, CRPCI_ZK_WISH_WANTED);
         if (v->following)
             crpci_zk_node_watch_again(&v->providers);
         if (s->phase != CRPCI_ZK_CONNECTED)
@@ -18945,7 +19240,9 @@ typedef struct crpci_endpoint_events {
 } crpci_endpoint_events;
 
 struct crpci_endpoint {
-    crpci_list link; /* in loop->endpoints */
+    crpci_list link;      /* in loop->endpoints */
+    crpci_endpoint *next; /* in its chain of loop->endpoint_chains */
+    uint64_t hash;        /* of the address */
     crpc_loop *loop;
     const crpci_endpoint_events *events;
     uint32_t refs;
@@ -18983,13 +19280,35 @@ CRPCI_FN void crpci_endpoint_close_conn(crpci_conn *c)
     crpci_conn_drop(c);
 }
 
+/* The chain that has the endpoints of a hash. */
+CRPCI_FN crpci_endpoint **crpci_endpoint_chain(const crpc_loop *l, uint64_t hash)
+{
+    return &l->endpoint_chains[hash & (l->endpoint_room - 1)];
+}
+
+/* No channel uses the endpoint: takes it out of its chain. The last one takes the chains along. */
+CRPCI_FN void crpci_endpoint_unlist(crpci_endpoint *e)
+{
+    crpc_loop *l = e->loop;
+    crpci_endpoint **at = crpci_endpoint_chain(l, e->hash);
+    crpci_list_remove(&e->link);
+    while (*at != e)
+        at = &(*at)->next;
+    *at = e->next;
+    if (--l->endpoint_count == 0) {
+        crpci_heap_free(l->heap, l->endpoint_chains, l->endpoint_room * sizeof *l->endpoint_chains);
+        l->endpoint_chains = NULL;
+        l->endpoint_room = 0;
+    }
+}
+
 /* A channel leaves the endpoint; the last one closes the connections. */
 CRPCI_FN void crpci_endpoint_leave(crpci_endpoint *e)
 {
     crpci_list *i, *next;
     crpci_conn *c = e->conn;
     if (--e->users == 0) {
-        crpci_list_remove(&e->link);
+        crpci_endpoint_unlist(e);
         crpci_timer_cancel(&e->timer);
         e->conn = NULL;
         if (c)
@@ -19526,18 +19845,40 @@ CRPCI_FN bool crpci_endpoint_same_options(const crpci_endpoint_options *a,
            a->credential == b->credential;
 }
 
+/* Keeps the chains short, so that a list of thousands is not searched once for each of them. False:
+ * out of memory, and there are no chains yet. */
+CRPCI_COLD bool crpci_endpoint_grow(crpc_loop *l)
+{
+    crpci_endpoint **old = l->endpoint_chains, *e, *next;
+    size_t old_room = l->endpoint_room, room = old_room ? old_room * 2 : 8, i;
+    crpci_endpoint **fresh = (crpci_endpoint **)crpci_heap_alloc(l->heap, room * sizeof *fresh);
+    if (!fresh)
+        return old_room != 0;
+    l->endpoint_chains = fresh;
+    l->endpoint_room = room;
+    for (i = 0; i < old_room; i++) {
+        for (e = old[i]; e; e = next) {
+            next = e->next;
+            e->next = *crpci_endpoint_chain(l, e->hash);
+            *crpci_endpoint_chain(l, e->hash) = e;
+        }
+    }
+    crpci_heap_free(l->heap, old, old_room * sizeof *old);
+    return true;
+}
+
 /* Finds or makes the loop's endpoint for an address, for a channel that wants its connection.
  * CRPC_EINVAL: the address is not numeric. */
 CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
                                 const crpci_endpoint_options *options,
                                 const crpci_endpoint_events *events, crpci_endpoint **out)
 {
-    crpci_list *i;
+    uint64_t hash = crpci_base_hash(address, strlen(address));
     crpci_endpoint *e;
     crpci_addr addr;
-    for (i = l->endpoints.next; i != &l->endpoints; i = i->next) {
-        e = CRPCI_CONTAINER(i, crpci_endpoint, link);
-        if (strcmp(e->address, address) == 0 && crpci_endpoint_same_options(&e->options, options)) {
+    for (e = l->endpoint_room ? *crpci_endpoint_chain(l, hash) : NULL; e; e = e->next) {
+        if (e->hash == hash && strcmp(e->address, address) == 0 &&
+            crpci_endpoint_same_options(&e->options, options)) {
             e->refs++;
             e->users++;
             *out = e;
@@ -19547,8 +19888,10 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
     if (strlen(address) >= sizeof e->address || !crpci_sock_parse(&addr, address))
         return CRPC_EINVAL;
     e = (crpci_endpoint *)crpci_heap_alloc(l->heap, sizeof *e);
-    if (!e)
+    if (!e || (l->endpoint_count >= l->endpoint_room && !crpci_endpoint_grow(l))) {
+        crpci_heap_free(l->heap, e, sizeof *e);
         return CRPC_ENOMEM;
+    }
     e->addr = addr;
     e->loop = l;
     e->events = events;
@@ -19558,6 +19901,10 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
     crpci_list_init(&e->waiting);
     crpci_list_init(&e->active);
     crpci_timer_init(&e->timer, crpci_endpoint_on_timer);
+    e->hash = hash;
+    e->next = *crpci_endpoint_chain(l, hash);
+    *crpci_endpoint_chain(l, hash) = e;
+    l->endpoint_count++;
     crpci_list_append(&l->endpoints, &e->link);
     *out = e;
     return CRPC_OK;

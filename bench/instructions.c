@@ -4,6 +4,8 @@
  *   instructions sync PATH N         N calls, one after another, to such a server
  *   instructions both PATH N DEPTH   N calls, DEPTH under way at a time, to a server in this very
  *                                    process
+ *   instructions list LB COUNT N     N lists of COUNT providers, each to a channel that has none yet
+ *   instructions change LB COUNT N   N lists, each with another one missing than in the one before
  *   instructions pick LB COUNT N     N choices among COUNT providers, each with its beginning and
  *                                    end of a call, without the call
  *
@@ -230,6 +232,84 @@ static void pick(const char *lb, long count, long n)
     crpc_channel_close(channel);
 }
 
+/* --- lists of providers ------------------------------------------------------------------------- */
+
+void list_turn(crpci_directory *directory, char **names, size_t count);
+
+__attribute__((noinline)) void list_turn(crpci_directory *directory, char **names, size_t count)
+{
+    crpci_directory_report report;
+
+    report.names = names;
+    report.count = count;
+    report.whole = true;
+    crpci_loop_lock(directory->loop);
+    must(crpci_directory_update(directory, &report) ? CRPC_OK : CRPC_ENOMEM, "a list");
+    crpci_loop_unlock(directory->loop);
+}
+
+static void free_nothing(crpci_directory *directory)
+{
+    (void)directory;
+}
+
+/* As a registry gives them: each change moves the last name to the place of another one. */
+static void lists(const char *lb, long count, long n, bool first)
+{
+    crpc_channel_options options = CRPC_INIT;
+    crpc_channel *channel = NULL;
+    crpci_directory directory;
+    crpci_names_service want;
+    char url[80], text[128], **names = (char **)calloc((size_t)count, sizeof *names);
+    long i;
+
+    must(names ? CRPC_OK : CRPC_ENOMEM, "names");
+    for (i = 0; i < count; i++) {
+        snprintf(text, sizeof text, "crpc://10.1.%ld.%ld:8000/S?group=&version=&weight=%ld", i / 256,
+                 i % 256, 50 + i * 7 % 101);
+        names[i] = (char *)calloc(1, 3 * sizeof text);
+        must(names[i] ? CRPC_OK : CRPC_ENOMEM, "a name");
+        crpci_url_encode(names[i], 3 * sizeof text, text);
+    }
+    memset(&want, 0, sizeof want);
+    want.service = "S";
+    options.private_loop.hooks.clock_us = clock_us;
+    snprintf(url, sizeof url, "tcp://127.0.0.1:9?lb=%s", lb);
+    for (i = 0; i < n; i++) {
+        if (i == 0 || first) {
+            must(crpc_channel_open(&channel, url, &options, NULL), url);
+            memset(&directory, 0, sizeof directory);
+            must(crpci_directory_init(&directory, channel->loop,
+                                      crpci_heap_format(channel->loop->heap, "bench"), free_nothing)
+                     ? CRPC_OK
+                     : CRPC_ENOMEM,
+                 "a directory");
+            crpci_loop_lock(channel->loop);
+            must(crpci_directory_add(&directory, sizeof(crpci_subscriber), &want,
+                                     crpci_opening_on_list, channel)
+                     ? CRPC_OK
+                     : CRPC_ENOMEM,
+                 "a subscriber");
+            crpci_loop_unlock(channel->loop);
+        }
+        if (!first) {
+            char *other = names[i * 31 % (count - 1)];
+            names[i * 31 % (count - 1)] = names[count - 1];
+            names[count - 1] = other;
+        }
+        list_turn(&directory, names, (size_t)(first ? count : count - 1));
+        if (i == n - 1 || first) {
+            crpci_loop_lock(channel->loop);
+            crpci_directory_end(&directory);
+            crpci_loop_unlock(channel->loop);
+            crpc_channel_close(channel);
+        }
+    }
+    for (i = 0; i < count; i++)
+        free(names[i]);
+    free(names);
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 3 && !strcmp(argv[1], "serve")) {
@@ -238,11 +318,13 @@ int main(int argc, char **argv)
         call_sync(argv[2], atol(argv[3]));
     } else if (argc == 5 && !strcmp(argv[1], "pick")) {
         pick(argv[2], atol(argv[3]), atol(argv[4]));
+    } else if (argc == 5 && (!strcmp(argv[1], "list") || !strcmp(argv[1], "change"))) {
+        lists(argv[2], atol(argv[3]), atol(argv[4]), argv[1][0] == 'l');
     } else if (argc == 5 && !strcmp(argv[1], "both")) {
         call_both(argv[2], atol(argv[3]), atol(argv[4]));
     } else {
         fprintf(stderr, "usage: instructions serve URL | sync URL N | both URL N DEPTH | "
-                        "pick LB COUNT N\n");
+                        "list|change|pick LB COUNT N\n");
         return 2;
     }
     return 0;

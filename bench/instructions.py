@@ -39,6 +39,12 @@ CASES = {
 # A choice of a provider costs about the same among few and many.
 CASES.update({"choice, lb=%s of %d" % (lb, count): (8000, ["pick", lb, str(count), "N"], "pick_turn")
               for lb in ("wrr", "rr", "wrandom", "la", "hash", "p2c") for count in (10, 2000)})
+# What a registry's list costs the directory and the channel.
+CASES.update({
+    "first list of 10000": (2, ["list", "wrr", "10000", "N"], "list_turn"),
+    "change of 1 in 10000": (4, ["change", "wrr", "10000", "N"], "list_turn"),
+    "same, lb=hash": (2, ["change", "hash", "10000", "N"], "list_turn"),
+})
 
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",

@@ -73,6 +73,27 @@ static void it_lists_each_address_once(void **state)
     crpci_heap_unref(h);
 }
 
+/* A registry is shared with other software, whose providers may have host names; and a provider that
+ * was told to register "any address" must not be dialled there. */
+static void it_judges_only_nodes_of_its_own_schemes(void **state)
+{
+    static const char *const urls[] = {
+        "dubbo://host.name:20880/S?interface=S", "tri://[::1]/S",           "rest:///",
+        "crpc://10.0.0.1:1/S",                    "crpc://0.0.0.0:1/S",      "crpc://[::]:1/S",
+        "crpc://224.0.0.1:1/S",                   "crpc://[ff02::1]:1/S",    "brpc://host.name:1/S",
+    };
+    crpci_heap *h = heap(NULL);
+    size_t bad;
+    crpci_snapshot *s = collect(h, urls, sizeof urls / sizeof *urls, NULL, &bad);
+    (void)state;
+    assert_non_null(s);
+    assert_int_equal(s->count, 1);
+    assert_string_equal(s->providers[0].address, "10.0.0.1:1");
+    assert_int_equal(bad, 5);
+    crpci_directory_snapshot_unref(s);
+    crpci_heap_unref(h);
+}
+
 /* --- what is registered ------------------------------------------------------------------------- */
 
 static void it_takes_addresses(void **state)
@@ -445,6 +466,81 @@ static void it_protects_after_a_wipe(void **state)
     end(&f);
 }
 
+/* Its providers have begun to return before the emptied directory was read. Those that lack are kept
+ * as if it had been seen empty; and once the hold has ended, nothing brings them back. */
+static void a_wipe_that_is_seen_late_is_protected_against(void **state)
+{
+    fixture f;
+    reader r;
+    (void)state;
+    start(&f);
+    f.directory.hold_us = HOLD_US;
+    assert_true(join(&f, &r, "S", false));
+    assert_true(read_names(&f, "12345678", true));
+    expect_pushed(&r, "1 2 3 4 5 6 7 8 ");
+    assert_true(read_names(&f, "1", true));
+    expect_pushed(&r, "");
+    pass(&f, HOLD_US / 2);
+    assert_true(read_names(&f, "12", true));
+    expect_pushed(&r, "");
+    pass(&f, HOLD_US / 2 + 20000);
+    expect_pushed(&r, "1 2 ");
+    assert_true(read_names(&f, "1", true));
+    expect_pushed(&r, "1 ");
+    end(&f);
+}
+
+/* The consumer reads while the nodes are being deleted: what it saw go first is in use again. */
+static void a_wipe_that_is_seen_in_parts_is_protected_against(void **state)
+{
+    fixture f;
+    reader r;
+    int round;
+    (void)state;
+    for (round = 0; round < 2; round++) {
+        start(&f);
+        f.directory.hold_us = HOLD_US;
+        assert_true(join(&f, &r, "S", false));
+        assert_true(read_names(&f, "12345678", true));
+        assert_true(read_names(&f, "1234", true));
+        expect_pushed(&r, "1 2 3 4 5 6 7 8 1 2 3 4 ");
+        r.refuse = true;
+        assert_false(read_names(&f, round ? "" : "5", true));
+        r.refuse = false;
+        assert_true(read_names(&f, round ? "" : "5", true));
+        expect_pushed(&r, round ? "1 2 3 4 5 6 7 8 (stale) " : "1 2 3 4 5 6 7 8 ");
+        end(&f);
+    }
+}
+
+/* Half of the providers are stopped, and what is left of them much later: neither is a wipe. */
+static void a_smaller_fleet_is_followed_at_once(void **state)
+{
+    fixture f;
+    reader r;
+    (void)state;
+    start(&f);
+    f.directory.hold_us = HOLD_US;
+    assert_true(join(&f, &r, "S", false));
+    assert_true(read_names(&f, "12345678", true));
+    assert_true(read_names(&f, "1234", true));
+    expect_pushed(&r, "1 2 3 4 5 6 7 8 1 2 3 4 ");
+    pass(&f, HOLD_US);
+    assert_true(read_names(&f, "1", true));
+    expect_pushed(&r, "1 ");
+    assert_true(read_names(&f, "2", true));
+    expect_pushed(&r, "2 ");
+    end(&f);
+    start(&f);
+    f.directory.hold_us = HOLD_US;
+    assert_true(join(&f, &r, "S", false));
+    assert_true(read_names(&f, "123", true));
+    assert_true(read_names(&f, "1", true));
+    assert_true(read_names(&f, "", true));
+    expect_pushed(&r, "1 2 3 1 1 (stale) "); /* those that went before stay away */
+    end(&f);
+}
+
 /* What an operator disables is not kept: neither while it is listed, nor when it has gone. */
 static void protection_does_not_keep_what_is_disabled(void **state)
 {
@@ -668,7 +764,9 @@ static void it_remembers_and_recalls(void **state)
     f.directory.hold_us = HOLD_US;
     assert_true(read_names(&f, "1", true));
     expect_pushed(&r, "1 2* ");  /* it saw the registry lose 2 */
-    expect_pushed(&late, "1 "); /* what the file said is not protected */
+    expect_pushed(&late, "1 2* "); /* so did the program that wrote the file, perhaps */
+    pass(&f, HOLD_US + 10000);
+    expect_pushed(&late, "1 ");
     f.directory.cache = NULL;
     crpci_cache_clear(&f.cache);
     end(&f);
@@ -791,12 +889,16 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(it_lists_each_address_once),
+        CT_TEST(it_judges_only_nodes_of_its_own_schemes),
         CT_TEST(it_takes_addresses),
         CT_TEST(it_follows_the_address_of_its_host),
         CT_TEST(it_keeps_the_last_good_list),
         CT_TEST(it_does_not_believe_an_unreadable_list),
         CT_TEST(it_protects_providers_that_come_back),
         CT_TEST(it_protects_after_a_wipe),
+        CT_TEST(a_wipe_that_is_seen_late_is_protected_against),
+        CT_TEST(a_wipe_that_is_seen_in_parts_is_protected_against),
+        CT_TEST(a_smaller_fleet_is_followed_at_once),
         CT_TEST(protection_does_not_keep_what_is_disabled),
         CT_TEST(rules_reach_what_protection_keeps),
         CT_TEST(an_operator_can_disable_every_provider),

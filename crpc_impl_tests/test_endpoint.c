@@ -1129,6 +1129,49 @@ static void it_is_shared_by_channels_that_ask_for_the_same(void **state)
     crpc_loop_close(l);
 }
 
+/* Chains of endpoints grow with their number, keep finding the same, and go with the last one. */
+static void thousands_are_found_again(void **state)
+{
+    enum { COUNT = 5000 };
+    static const crpci_endpoint_events events = {0};
+    crpci_endpoint **all = (crpci_endpoint **)calloc(COUNT, sizeof *all), *same;
+    crpci_endpoint_options eo;
+    crpc_loop_options lo = CRPC_INIT;
+    char address[32];
+    size_t i, longest = 0;
+    crpc_loop *l;
+    (void)state;
+    assert_non_null(all);
+    memset(&eo, 0, sizeof eo);
+    lo.hooks = ct_hooks();
+    assert_int_equal(crpc_loop_open(&l, &lo), CRPC_OK);
+    crpci_loop_lock(l);
+    for (i = 0; i < COUNT; i++) {
+        snprintf(address, sizeof address, "10.0.%d.%d:80", (int)i / 250, (int)i % 250);
+        assert_int_equal(crpci_endpoint_get(l, address, &eo, &events, &all[i]), CRPC_OK);
+    }
+    for (i = 0; i < l->endpoint_room; i++) {
+        size_t n = 0;
+        for (same = l->endpoint_chains[i]; same; same = same->next)
+            n++;
+        longest = n > longest ? n : longest;
+    }
+    assert_true(longest < 20); /* 5000 before there were chains */
+    for (i = 0; i < COUNT; i++) {
+        snprintf(address, sizeof address, "10.0.%d.%d:80", (int)i / 250, (int)i % 250);
+        assert_int_equal(crpci_endpoint_get(l, address, &eo, &events, &same), CRPC_OK);
+        assert_ptr_equal(same, all[i]);
+        crpci_endpoint_leave(same);
+    }
+    for (i = 0; i < COUNT; i++)
+        crpci_endpoint_leave(all[i * 7 % COUNT]);
+    assert_null(l->endpoint_chains);
+    assert_int_equal(count(&l->endpoints), 0);
+    crpci_loop_unlock(l);
+    crpc_loop_close(l);
+    free(all);
+}
+
 /* The window of the backoff doubles up to its limit, and the wait is anywhere in it. */
 static void it_backs_off_with_full_jitter(void **state)
 {
@@ -1296,6 +1339,7 @@ int main(void)
         CT_TEST(an_idle_connection_that_ended_is_dialled_again),
         CT_TEST(a_server_that_comes_back_is_found_again),
         CT_TEST(channels_of_a_loop_share_connections),
+        CT_TEST(thousands_are_found_again),
         CT_TEST(it_is_shared_by_channels_that_ask_for_the_same),
         CT_TEST(an_idle_connection_is_read_before_it_is_used),
         CT_TEST(a_farewell_loses_no_call),

@@ -123,12 +123,15 @@ typedef struct fixture {
     char list[256]; /* the last one: "a:1 b:2 ", "(stale)" behind it */
     int pushes;
     bool close_in_push;
+    bool refuse; /* lists, for want of memory */
 } fixture;
 
 static int on_push(void *user, crpci_snapshot *list)
 {
     fixture *f = (fixture *)user;
     size_t i, n = 0;
+    if (f->refuse)
+        return CRPC_ENOMEM;
     f->list[0] = '\0';
     for (i = 0; i < list->count; i++)
         n += (size_t)snprintf(f->list + n, sizeof f->list - n, "%s ", list->providers[i].address);
@@ -323,6 +326,61 @@ static void it_wants_a_path(void **state)
 }
 
 /* A channel takes its providers from a file, and all of it without a service. */
+/* The subscriber has no memory for a while: the same list is offered each second, until it is taken. */
+static void a_refused_list_is_offered_again(void **state)
+{
+    fixture f;
+    int i;
+    (void)state;
+    start(&f, false, "10.0.0.1:80\n");
+    put(&f, "10.0.0.2:80\n");
+    f.refuse = true;
+    for (i = 0; i < 10; i++)
+        pass(&f);
+    f.refuse = false;
+    pass(&f);
+    assert_string_equal(f.list, "10.0.0.2:80 ");
+    end(&f);
+}
+
+/* What cannot be read is an error for a channel that must connect, and a line in the log; a FIFO does
+ * not stop the loop. */
+static void what_is_no_readable_file_is_reported(void **state)
+{
+    static const char *const why[] = {"Is a directory", "Invalid argument", "File too large"};
+    crpc_channel_options o;
+    crpc_channel *ch = NULL;
+    char url[200], *large;
+    fixture f;
+    int i;
+    (void)state;
+    for (i = 0; i < 3; i++) {
+        start(&f, false, NULL);
+        if (i == 0)
+            assert_int_equal(mkdir(f.path, 0700), 0);
+        if (i == 1)
+            assert_int_equal(mkfifo(f.path, 0700), 0);
+        if (i == 2) {
+            large = (char *)calloc(1, CRPCI_FILE_MAX + 2);
+            assert_non_null(large);
+            memset(large, '\n', CRPCI_FILE_MAX + 1);
+            put(&f, large);
+            free(large);
+        }
+        pass(&f);
+        assert_non_null(strstr(lines, why[i]));
+        lines[0] = '\0';
+        pass(&f);
+        assert_null(strstr(lines, why[i])); /* said once */
+        memset(&o, 0, sizeof o);
+        o.private_loop.hooks.log = on_line;
+        snprintf(url, sizeof url, "file://%s?must_connect=1&registry_timeout_ms=20", f.path);
+        assert_int_equal(crpc_channel_open(&ch, url, &o, NULL), CRPC_EREGISTRY);
+        assert_null(ch);
+        end(&f);
+    }
+}
+
 static void it_serves_channels(void **state)
 {
     crpc_channel_options o;
@@ -377,6 +435,8 @@ int main(void)
         CT_TEST(it_may_be_closed_in_its_callback),
         CT_TEST(it_only_reads),
         CT_TEST(it_wants_a_path),
+        CT_TEST(a_refused_list_is_offered_again),
+        CT_TEST(what_is_no_readable_file_is_reported),
         CT_TEST(it_serves_channels),
         CT_TEST(it_survives_want_of_memory),
     };

@@ -30,6 +30,7 @@ typedef struct side {
     int status;
     bool withdraw_in_status;
     bool close_in_push;
+    bool refuse; /* lists, for want of memory */
 } side;
 
 static char group[64]; /* of the test: nobody else hears it */
@@ -38,6 +39,8 @@ static int on_push(void *user, crpci_snapshot *list)
 {
     side *s = (side *)user;
     size_t i, n = 0;
+    if (s->refuse)
+        return CRPC_ENOMEM;
     s->list[0] = '\0';
     for (i = 0; i < list->count && n < sizeof s->list - 16; i++)
         n += (size_t)snprintf(s->list + n, sizeof s->list - n, "%s ", list->providers[i].address);
@@ -400,6 +403,98 @@ static void it_takes_the_newest_of_an_address(void **state)
     close_side(&b);
 }
 
+/* A board starts again without a battery behind its clock. What it announced before is older by the
+ * clock of this host only; it is never missing from the list meanwhile. */
+static void a_provider_whose_clock_went_back_is_followed(void **state)
+{
+    static const char before[] = "register crpc://10.0.0.1:80/demo.Echo?pid=9&timestamp=1700000000000";
+    static const char after[] = "register crpc://10.0.0.1:80/demo.Echo?pid=8&timestamp=5000&weight=7";
+    crpci_multicast_peer *p;
+    side b;
+    int i, k;
+    (void)state;
+    open_side(&b);
+    assert_int_equal(subscribe(&b, "demo.Echo", true), CRPC_OK);
+    for (i = 0; i < 3; i++) { /* both run: the newer one is believed */
+        say_text(before);
+        pass(2500, &b, NULL, NULL);
+        say_text(after);
+        pass(2500, &b, NULL, NULL);
+    }
+    assert_int_equal(b.pushes, 1);
+    pass(1000, &b, NULL, NULL);
+    for (i = 0; i < 6; i++) { /* the older one alone */
+        say_text(after);
+        for (k = 0; k < 10; k++) {
+            pass(500, &b, NULL, NULL);
+            assert_string_equal(b.list, "10.0.0.1:80 ");
+        }
+    }
+    assert_int_equal(inside(&b)->peer_count, 1);
+    p = CRPCI_CONTAINER(inside(&b)->peers.next, crpci_multicast_peer, link);
+    assert_int_equal(p->is.weight, 7);
+    assert_int_equal(b.pushes, 2);
+    close_side(&b);
+}
+
+/* The kernel forgets a membership with the interface that it was made on. When there is one of that name
+ * again, another socket joins the group. */
+static void a_lost_membership_is_made_again(void **state)
+{
+    side a, b;
+    side *sides[2];
+    int i;
+    (void)state;
+    sides[0] = &a;
+    sides[1] = &b;
+    open_side(&a);
+    open_side(&b);
+    assert_int_equal(subscribe(&b, "demo.Echo", true), CRPC_OK);
+    assert_int_equal(enroll(&a, ":8000"), CRPC_OK);
+    pass(500, &a, &b, NULL);
+    assert_string_equal(b.list, "127.0.0.1:8000 ");
+    for (i = 0; i < 2; i++) {
+        crpci_multicast *r = inside(sides[i]);
+        assert_int_equal(setsockopt(r->fd, IPPROTO_IP, IP_DROP_MEMBERSHIP, &r->which,
+                                    sizeof r->which), 0);
+    }
+    pass(60000, &a, &b, NULL);
+    assert_string_equal(b.list, "127.0.0.1:8000 ");
+    assert_int_equal(b.pushes, 1);
+    for (i = 0; i < 2; i++) {
+        crpci_multicast *r = inside(sides[i]);
+        assert_int_equal(setsockopt(r->fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, &r->which,
+                                    sizeof r->which), -1);
+        assert_int_equal(errno, EADDRINUSE);
+    }
+    close_side(&a);
+    close_side(&b);
+}
+
+/* The subscriber has no memory for a while: the same list is offered each second, until it is taken. */
+static void a_refused_list_is_offered_again(void **state)
+{
+    side a, b;
+    (void)state;
+    open_side(&a);
+    open_side(&b);
+    b.refuse = true;
+    assert_int_equal(subscribe(&b, "demo.Echo", true), CRPC_OK);
+    assert_int_equal(enroll(&a, ":8000"), CRPC_OK);
+    pass(20000, &a, &b, NULL);
+    b.refuse = false;
+    pass(1500, &a, &b, NULL);
+    assert_string_equal(b.list, "127.0.0.1:8000 ");
+    crpci_directory_withdraw(a.r, a.reg);
+    b.refuse = true;
+    pass(20000, &a, &b, NULL);
+    b.refuse = false;
+    pass(1500, &a, &b, NULL);
+    assert_string_equal(b.list, "");
+    close_side(&a);
+    close_side(&b);
+}
+
 static void a_ttl_is_clamped(void **state)
 {
     (void)state;
@@ -596,6 +691,9 @@ int main(void)
         CT_TEST(it_reads_anything_safely),
         CT_TEST(the_number_of_providers_is_bounded),
         CT_TEST(it_takes_the_newest_of_an_address),
+        CT_TEST(a_provider_whose_clock_went_back_is_followed),
+        CT_TEST(a_lost_membership_is_made_again),
+        CT_TEST(a_refused_list_is_offered_again),
         CT_TEST(a_ttl_is_clamped),
         CT_TEST(questions_are_not_amplified),
         CT_TEST(it_may_be_closed_in_its_callbacks),

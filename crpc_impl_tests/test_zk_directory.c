@@ -97,6 +97,46 @@ static void it_leaves_nothing_behind(void **state)
     assert_true(ct_sweep(use, &port) > 20);
 }
 
+/* A consumer announces itself below a service that exists. It would make the service's directory too, which
+ * stays for ever, and the name may be mistyped. */
+static void a_consumer_makes_no_service(void **state)
+{
+    crpc_loop *loop = loop_with(NULL);
+    crpci_directory_options o;
+    crpci_names_service q;
+    crpci_zk_service *v;
+    crpci_backend *r;
+    crpci_subscriber *sub[2];
+    crpci_zk_answer a;
+    int i;
+    (void)state;
+    memset(&o, 0, sizeof o);
+    memset(&q, 0, sizeof q);
+    memset(&a, 0, sizeof a);
+    o.register_consumer = true;
+    q.service = "S";
+    assert_int_equal(crpci_open_registry(loop, "zookeeper://127.0.0.1:1", &o, &r, NULL), CRPC_OK);
+    for (i = 0; i < 2; i++) {
+        const crpci_zk_own *own;
+        assert_int_equal(crpci_directory_subscribe(r, &q, on_push, NULL, &sub[i]), CRPC_OK);
+        own = &((crpci_zk_subscriber *)(void *)sub[i])->consumer->own;
+        v = CRPCI_CONTAINER(sub[i]->directory, crpci_zk_service, directory);
+        crpci_loop_lock(loop);
+        if (!i) {
+            assert_int_equal(own->wish, CRPCI_ZK_WISH_UNWANTED);
+            a.rc = ZNONODE;
+            assert_true(crpci_zk_directory_on_providers(&v->providers, &a));
+            assert_int_equal(own->wish, CRPCI_ZK_WISH_UNWANTED);
+            a.rc = ZOK;
+            assert_true(crpci_zk_directory_on_providers(&v->providers, &a));
+        }
+        assert_int_equal(own->wish, CRPCI_ZK_WISH_WANTED);
+        crpci_loop_unlock(loop);
+    }
+    crpci_directory_close(r);
+    crpc_loop_close(loop);
+}
+
 static void it_refuses_what_cannot_be_a_node(void **state)
 {
     static const char *const bad[] = {"", ".", "..", "a/b", "a\nb", NULL};
@@ -137,6 +177,7 @@ int main(void)
     static const struct CMUnitTest tests[] = {
         CT_TEST(it_knows_a_twin),
         CT_TEST(it_leaves_nothing_behind),
+        CT_TEST(a_consumer_makes_no_service),
         CT_TEST(it_refuses_what_cannot_be_a_node),
     };
     return CT_RUN(tests);

@@ -235,26 +235,36 @@ static void it_makes_and_keeps_a_node(void **state)
     end(&f);
 }
 
-/* A process that died has left its node, which will vanish with that session. */
-static void a_node_of_another_session_is_replaced(void **state)
+/* A process that died has left its node, which will vanish with that session. Deleting and making are
+ * one transaction, so that consumers never see a list without it. */
+static void a_node_of_another_session_is_replaced_at_once(void **state)
 {
     fixture f;
     int i;
     (void)state;
     begin(&f, false);
     want(&f, CRPCI_ZK_WISH_WANTED);
+    own(&f, CRPCI_ZK_CREATE, "/d/one", ZNODEEXISTS, 0);
     for (i = 0; i < 5; i++) {
-        own(&f, CRPCI_ZK_CREATE, "/d/one", ZNODEEXISTS, 0);
         own(&f, CRPCI_ZK_STAT, "/d/one", ZOK, SESSION + 1);
         assert_int_equal(f.own.state, CRPCI_ZK_OWN_EVICT);
         assert_int_equal(f.own.job.due_us != 0, i >= 3); /* in a fight it waits, ever longer */
-        own(&f, CRPCI_ZK_DELETE, "/d/one", i % 2 ? ZOK : ZNONODE, 0);
+        own(&f, CRPCI_ZK_MULTI, "/d/one", ZCONNECTIONLOSS, 0); /* done or not: whose is it? */
     }
+    own(&f, CRPCI_ZK_STAT, "/d/one", ZOK, SESSION + 1);
+    own(&f, CRPCI_ZK_MULTI, "/d/one", ZNOAUTH, 0);
+    assert_int_equal(f.lost_rc, ZNOAUTH);
+    own(&f, CRPCI_ZK_MULTI, "/d/one", ZNONODE, 0); /* its session has just ended */
     own(&f, CRPCI_ZK_CREATE, "/d/one", ZNODEEXISTS, 0);
     own(&f, CRPCI_ZK_STAT, "/d/one", ZOK, SESSION); /* an earlier create of this one was done */
     assert_int_equal(f.own.state, CRPCI_ZK_OWN_OWNED);
     assert_int_equal(f.news, 1);
-    assert_int_equal(f.lost, 0);
+    own(&f, CRPCI_ZK_STAT, "/d/one", ZOK, SESSION + 1); /* taken by another */
+    assert_int_equal(f.lost, 2);
+    own(&f, CRPCI_ZK_MULTI, "/d/one", ZOK, 0);
+    assert_int_equal(f.own.state, CRPCI_ZK_OWN_OWNED);
+    assert_int_equal(f.news, 2);
+    assert_true(f.own.job.due_us == 0); /* checked, which sets the watch */
     end(&f);
 }
 
@@ -368,8 +378,7 @@ static void a_new_session_makes_a_new_node(void **state)
     f.s.id = SESSION + 1;
     own(&f, CRPCI_ZK_CREATE, "/d/one", ZNODEEXISTS, 0); /* the old session's is still there */
     own(&f, CRPCI_ZK_STAT, "/d/one", ZOK, SESSION);
-    own(&f, CRPCI_ZK_DELETE, "/d/one", ZOK, 0);
-    own(&f, CRPCI_ZK_CREATE, "/d/one", ZOK, 0);
+    own(&f, CRPCI_ZK_MULTI, "/d/one", ZOK, 0);
     want(&f, CRPCI_ZK_WISH_UNWANTED); /* withdrawn while the session is over: it goes later */
     crpci_zk_job_over(&f.s);
     own(&f, CRPCI_ZK_DELETE, "/d/one", ZOK, 0);
@@ -456,6 +465,36 @@ static void a_changed_address_makes_a_new_node(void **state)
     own(&f, CRPCI_ZK_DELETE, "/d/two", ZOK, 0);
     own(&f, CRPCI_ZK_CREATE, "/d/three", ZOK, 0);
     assert_int_equal(f.news, 2);
+    end(&f);
+}
+
+/* The node of the old address cannot be removed, because somebody has changed its directory's ACL: the
+ * new address is registered all the same. A place in a queue is never left so. */
+static void an_undeletable_node_does_not_hold_up_a_new_one(void **state)
+{
+    fixture f;
+    int i;
+    (void)state;
+    for (i = 0; i < 2; i++) {
+        begin(&f, false);
+        want(&f, CRPCI_ZK_WISH_WANTED);
+        own(&f, CRPCI_ZK_CREATE, "/d/one", i ? ZCONNECTIONLOSS : ZOK, 0);
+        f.name = "two";
+        if (!i)
+            want(&f, CRPCI_ZK_WISH_AFRESH);
+        own(&f, CRPCI_ZK_DELETE, "/d/one", ZCONNECTIONLOSS, 0); /* that is no refusal */
+        own(&f, CRPCI_ZK_DELETE, "/d/one", ZNOAUTH, 0);
+        own(&f, CRPCI_ZK_CREATE, "/d/two", ZOK, 0);
+        assert_int_equal(f.own.state, CRPCI_ZK_OWN_OWNED);
+        assert_int_equal(f.lost, 0);
+        end(&f);
+    }
+    begin(&f, true);
+    want(&f, CRPCI_ZK_WISH_WANTED);
+    made(&f, "/d/id-lock-0000000003");
+    want(&f, CRPCI_ZK_WISH_AFRESH);
+    own(&f, CRPCI_ZK_DELETE, "/d/id-lock-0000000003", ZNOAUTH, 0);
+    own(&f, CRPCI_ZK_DELETE, "/d/id-lock-0000000003", ZNOAUTH, 0);
     end(&f);
 }
 
@@ -597,7 +636,7 @@ int main(void)
         CT_TEST(roots_must_be_valid_paths),
         CT_TEST(sequence_numbers_may_wrap),
         CT_TEST(it_makes_and_keeps_a_node),
-        CT_TEST(a_node_of_another_session_is_replaced),
+        CT_TEST(a_node_of_another_session_is_replaced_at_once),
         CT_TEST(a_create_without_an_answer_is_repeated),
         CT_TEST(an_unwanted_node_of_a_lost_create_is_removed),
         CT_TEST(an_unwanted_node_is_not_made_after_its_parent),
@@ -606,6 +645,7 @@ int main(void)
         CT_TEST(a_node_of_a_given_up_session_is_removed_first),
         CT_TEST(a_node_leaves_by_its_owners_transaction),
         CT_TEST(a_changed_address_makes_a_new_node),
+        CT_TEST(an_undeletable_node_does_not_hold_up_a_new_one),
         CT_TEST(a_refused_create_is_retried),
         CT_TEST(each_change_is_read),
         CT_TEST(a_missing_node_is_watched_for_its_creation),

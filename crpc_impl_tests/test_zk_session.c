@@ -1,4 +1,16 @@
 /* Phases of a session with ZooKeeper, without a server. */
+#include <pthread.h>
+#include <unistd.h>
+
+static pthread_t syncing_thread; /* which waited for the disk last */
+
+static int test_fsync(int fd)
+{
+    syncing_thread = pthread_self();
+    return fdatasync(fd);
+}
+#define fsync test_fsync
+
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -123,12 +135,62 @@ static void refusals_count_only_after_the_session_timeout(void **state)
     crpci_zk_session_free(s);
     crpc_loop_close(loop);
 }
+
+static void on_nothing(zhandle_t *zh, int type, int state, const char *path, void *context)
+{
+    (void)zh;
+    (void)type;
+    (void)state;
+    (void)path;
+    (void)context;
+}
+
+/* The loop's thread does not wait for the disk: it sends a request, whose completion saves the cache on
+ * the client's thread; here without an answer. */
+static void the_clients_thread_saves_the_cache(void **state)
+{
+    char path[128], *names[] = {(char *)"crpc%3A%2F%2F10.0.0.1%3A1%2FS"};
+    ct_dir dir = ct_dir_make();
+    crpci_zk_handle handle;
+    crpci_zk_session *s;
+    crpc_loop *loop = loop_with(NULL);
+    (void)state;
+    assert_int_equal(session(loop, "127.0.0.1", &s), CRPC_OK);
+    snprintf(path, sizeof path, "%s/cache", dir.path);
+    assert_true(crpci_cache_init(&s->cache, s->heap, path, 0));
+    memset(&handle, 0, sizeof handle);
+    handle.authed = true;
+    handle.session = s;
+    handle.zh = zookeeper_init2("127.0.0.1:1", on_nothing, 4000, NULL, NULL, ZOO_NO_LOG_CLIENTENV,
+                                crpci_zk_session_on_log);
+    assert_non_null(handle.zh);
+    s->handle = &handle;
+    syncing_thread = 0;
+    crpci_loop_lock(loop);
+    crpci_zk_session_connected(s, 7, 15000);
+    assert_true(crpci_cache_put(&s->cache, "S", names, 1));
+    crpci_zk_session_on_timer(loop, &s->timer);
+    crpci_loop_unlock(loop);
+    assert_true(CT_WAIT(access(path, F_OK) == 0, 10000));
+    zookeeper_close(handle.zh);
+    assert_true(syncing_thread && !pthread_equal(syncing_thread, pthread_self()));
+    assert_false(s->called);
+    s->handle = NULL;
+    s->phase = CRPCI_ZK_ABSENT;
+    crpci_loop_lock(loop);
+    crpci_loop_timer_cancel(loop, &s->timer);
+    crpci_loop_unlock(loop);
+    crpci_zk_session_free(s);
+    crpc_loop_close(loop);
+    ct_dir_remove(dir);
+}
 #endif
 
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
 #if !CRPC_ZOOKEEPER_ST
+        CT_TEST(the_clients_thread_saves_the_cache),
         CT_TEST(refusals_count_only_after_the_session_timeout),
 #endif
         CT_TEST(lists_become_stale_after_a_session_timeout),

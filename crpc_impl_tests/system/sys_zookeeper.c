@@ -766,6 +766,7 @@ static void it_is_seen_among_the_consumers(void **state)
              "consumer://127.0.0.1/demo.Echo?application=tests&category=consumers&check=false"
              "&group=g1&interface=demo.Echo&pid=%ld&side=consumer&timestamp=",
              (long)getpid());
+    add_node(&server, "crpc://10.0.0.1:8000/demo.Echo?interface=demo.Echo"); /* the service exists */
     assert_true(CT_WAIT(consumer_is(want, &stamp), LATE_MS));
     assert_true(stamp > 0);
     zk_proxy_set(&p, ZK_PROXY_REFUSE);
@@ -1291,8 +1292,10 @@ static void it_starts_from_its_cache(void **state)
     side_open(&a, p.port);
     side_subscribe(&a);
     expect_list(&a, "10.0.0.1:8000 ", LATE_MS);
-    assert_true(CT_WAIT(access(path, F_OK) == 0, LATE_MS));
+    if (!CRPC_ZOOKEEPER_ST) /* there closing syncs it, or the loop half a minute later */
+        assert_true(CT_WAIT(access(path, F_OK) == 0, LATE_MS));
     side_close(&a);
+    assert_int_equal(access(path, F_OK), 0);
     zk_proxy_set(&p, ZK_PROXY_REFUSE);
     side_open(&a, p.port);
     side_subscribe(&a);
