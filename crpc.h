@@ -725,7 +725,8 @@
  * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket. The
  * cache must be a regular file of the program's own user, and no symbolic link. A provider that a
  * registry or a file lists at 0.0.0.0, :: or a multicast address is ignored. A consumer lists
- * itself only below a service that exists. A breaker counts CRPC_ELIMIT as a failure. Backup requests need tokens of retry_budget.
+ * itself only below a service that exists. A breaker counts CRPC_ELIMIT as a failure. Backup
+ * requests need tokens of retry_budget.
  *
  * A lock and an election have a lease of three eighths of the session timeout in place of nine
  * tenths, and are renewed with a write of the lock's node, which every contender must be allowed
