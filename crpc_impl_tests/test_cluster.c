@@ -37,10 +37,12 @@ static void forking_asks_two_unless_told_otherwise(void **state)
         fleet f;
         int i;
         fleet_open(&f, 4, "?cluster=forking&timeout_ms=20000", NULL);
-        for (i = 0; i < 10; i++)
+        /* An attempt that was not sent when the other succeeded is withdrawn: on a busy machine
+         * that may happen many times in a row. */
+        for (i = 0; i < 10 || (i < 1000 && fleet_calls(&f) <= i); i++)
             assert_int_equal(fleet_call(&f, form, false, i, NULL).status, CRPC_OK);
-        assert_true(fleet_calls(&f) > 10); /* one that was not sent yet is withdrawn */
-        assert_true(fleet_calls(&f) <= 20);
+        assert_true(fleet_calls(&f) > i);
+        assert_true(fleet_calls(&f) <= 2 * i);
         fleet_close(&f);
     }
 }
