@@ -20240,11 +20240,10 @@ CRPCI_COLD void crpci_providers_rest(const crpci_providers *p, crpci_member *m, 
 CRPCI_COLD void crpci_providers_judge(const crpci_providers *p, crpci_member *m,
                                       crpci_outcome outcome, int64_t began, int64_t now)
 {
-    if (began < m->refused_us) {
-        ;
-    } else if (outcome == CRPCI_OUTCOME_REFUSED ||
-               (outcome == CRPCI_OUTCOME_ERROR &&
-                crpci_balance_need(&p->balance, CRPCI_BALANCE_ACTIVE))) {
+    if (began < m->refused_us)
+        return;
+    if (outcome == CRPCI_OUTCOME_REFUSED ||
+        (outcome == CRPCI_OUTCOME_ERROR && crpci_balance_need(&p->balance, CRPCI_BALANCE_ACTIVE))) {
         m->refused_us = now;
         crpci_providers_rest(p, m, now);
         m->refusals += m->refusals < 10;
