@@ -213,6 +213,11 @@ matrix: ## compile and link crpc.h: compilers, standards, toggles, static mode; 
 	@$(T_DIR)/setup.sh matrix
 	@$(T_DIR)/matrix.py --build $(B)/matrix --jobs $(JOBS)
 
+.PHONY: models
+models: ## explore models of the protocols whole with spin, then with one rule left out, which must fail
+	@$(T_DIR)/setup.sh models
+	@$(T_DIR)/models/models.py --build $(B)/models
+
 .PHONY: lint
 lint: ## check order, names, comments, data and samples, and that each check can fail
 	@$(T_DIR)/setup.sh lint

@@ -789,6 +789,7 @@
  *                                fail
  *     make lint                  order, names, comments, samples; and that each check can fail
  *     make matrix                compilers, standards, toggles
+ *     make models                models of the protocols (crpc_impl_tests/models), explored whole
  *     make instructions          instructions of a call against a baseline
  *     make allocs                that a warm call allocates nothing
  *     make size                  bytes and stacks, by section and toggle

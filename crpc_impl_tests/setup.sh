@@ -1,7 +1,7 @@
 #!/bin/bash
 # Installs the Debian packages that a purpose needs: setup.sh PURPOSE...
-# Purposes: build demo test tsan lint matrix bench instructions size distros all; bench-PEER is one
-# peer of the bench. Root, or a user whose sudo asks for no password, gets missing packages installed,
+# Purposes: build demo test tsan lint matrix models bench instructions size distros all; bench-PEER is
+# one peer of the bench. Root, or a user whose sudo asks for no password, gets missing packages installed,
 # with a line of progress for each tenth of them. Anybody else gets the command to run, and exit
 # status 1. When no package is missing, this prints nothing.
 set -u
@@ -17,6 +17,7 @@ server="zookeeper default-jre-headless libslf4j-java"
 # other one and holds the same headers.
 test="g++ binutils cmake libcmocka-dev libzookeeper-st2 strace python3-kazoo iproute2 util-linux"
 lint="g++ clang clang-format universal-ctags binutils git libzookeeper-st2"
+models="gcc libc6-dev make python3 spin"
 
 # bench PEER: what one peer of `make bench` needs.
 bench() {
@@ -40,6 +41,7 @@ for purpose in "${@:-all}"; do
         test) need+=" $build $server $test" ;;
         tsan) need+=" $build $server $test" ;;
         lint | matrix) need+=" $build $lint" ;;
+        models) need+=" $models" ;;
         instructions) need+=" $build binutils valgrind" ;;
         size) need+=" $build binutils musl-tools gcc-arm-linux-gnueabihf libc6-dev-armhf-cross
                      gcc-mips-linux-gnu libc6-dev-mips-cross" ;;
@@ -51,7 +53,7 @@ for purpose in "${@:-all}"; do
                 exit 2
             }
             ;;
-        all) need+=" $build $server $test $lint" ;;
+        all) need+=" $build $server $test $lint $models" ;;
         *)
             echo "setup.sh: no purpose '$purpose'" >&2
             exit 2
