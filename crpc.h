@@ -24217,6 +24217,13 @@ CRPCI_COLD void crpci_fairness_hold_host(crpci_conn *conn)
     }
 }
 
+/* Whether a connection has so much in service, or unsent, that it must not be read. */
+CRPCI_COLD bool crpci_fairness_is_full(const crpci_conn *conn)
+{
+    int64_t max = ((const crpc_server *)conn->owner)->options.limits.max_queued; /* 0: no limit */
+    return conn->busy >= CRPCI_FAIRNESS_CONN_MAX || (max && conn->tx_memory > max);
+}
+
 CRPCI_COLD void crpci_fairness_regulate(crpci_conn *conn)
 {
     int64_t max = ((const crpc_server *)conn->owner)->options.limits.max_queued;
@@ -24224,7 +24231,7 @@ CRPCI_COLD void crpci_fairness_regulate(crpci_conn *conn)
         crpci_fairness_relieve((const crpc_server *)conn->owner, conn->loop);
     if (CRPC_ENABLE_POLICY)
         crpci_fairness_hold_host(conn);
-    if (!conn->paused && (conn->busy >= CRPCI_FAIRNESS_CONN_MAX || (max && conn->tx_memory > max)))
+    if (!conn->paused && crpci_fairness_is_full(conn))
         crpci_conn_pause(conn, true);
     else if (conn->paused && !crpci_receive_waits(conn) && crpci_list_empty(&conn->admission) &&
              conn->busy < CRPCI_FAIRNESS_CONN_MAX / 2 && (!max || conn->tx_memory <= max / 2))
@@ -24285,13 +24292,14 @@ CRPCI_FN void crpci_fairness_push(crpci_conn *conn, crpci_task *t)
     }
 }
 
-/* Fewer requests of a host wait: reads its connections again. Locked. */
+/* Fewer requests of a host wait: reads its connections again, but for those that are full.
+ * Locked. */
 CRPCI_COLD void crpci_fairness_read_on(crpci_peer_part *part)
 {
     while (!crpci_list_empty(&part->unread)) {
         crpci_conn *c = CRPCI_CONTAINER(part->unread.next, crpci_conn, admission);
         crpci_list_remove(&c->admission);
-        crpci_fairness_regulate(c);
+        crpci_conn_pause(c, crpci_fairness_is_full(c));
     }
 }
 

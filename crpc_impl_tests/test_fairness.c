@@ -51,6 +51,33 @@ static void a_host_with_many_requests_does_not_delay_others(void **state)
     }
 }
 
+/* Requests that are in service, but wait for nothing of the server, do not keep others from being
+ * read. */
+static void deferred_requests_do_not_stop_the_reading(void **state)
+{
+    enum { MANY = 4000 };
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        wire w = {NULL, 0, 0};
+        crpci_conn *c;
+        pump u;
+        int fd, i;
+        pump_open(&u, p, WAY_TCP, NULL);
+        fd = pump_connect_from(&u, "127.0.0.2", &c);
+        for (i = 0; i < MANY; i++)
+            wire_request(&w, "Defer", i, i, 0);
+        pump_push(&u, fd, w.p, w.n);
+        wire_free(&w);
+        PUMP_UNTIL(&u, net_held(&u.service) == MANY);
+        for (i = 0; i < MANY; i++)
+            assert_int_equal(crpc_context_finish(net_take(&u.service), CRPC_OK), CRPC_OK);
+        close(fd);
+        pump_close(&u);
+    }
+}
+
 /* The handlers take longer than the loop runs handlers without a look at its descriptors. */
 static void requests_that_arrive_while_handlers_run_are_not_last(void **state)
 {
@@ -246,6 +273,7 @@ int main(void)
     static const struct CMUnitTest tests[] = {
 #if CRPC_ENABLE_POLICY
         CT_TEST(a_host_with_many_requests_does_not_delay_others),
+        CT_TEST(deferred_requests_do_not_stop_the_reading),
         CT_TEST(requests_that_arrive_while_handlers_run_are_not_last),
         CT_TEST(a_host_that_takes_no_replies_is_not_served_meanwhile),
         CT_TEST(connections_that_hold_their_host_end_after_a_second),
