@@ -195,8 +195,9 @@
  *     CRPC_ENABLE_SERVERLESS 1   0: no file://, no multicast://
  *     CRPC_ENABLE_POLICY     1   0: of the calling policies only weighted round robin, failover,
  *                                failfast, deadlines and caps; servers keep no order, replay
- *                                nothing, and of limits have max_concurrency and max_connections.
- *                                Options that ask for more are refused with CRPC_EUNSUPPORTED
+ *                                nothing, give hosts no shares or turns, and of limits have
+ *                                max_concurrency and max_connections. Options that ask for more
+ *                                are refused with CRPC_EUNSUPPORTED
  *     CRPC_ENABLE_TEXTS      1   0: the text of an error is its code's name, or what the peer said;
  *                                a log line is its level and "crpc.h:" with the line's number
  *     CRPC_ENABLE_RESOLVER   1   0: host names only by crpc_hooks.resolve: a static program without
@@ -634,9 +635,9 @@
  * for longest, never one with a request in service. A gateway that stands for a hundred boards
  * needs a weight. The same shares hold for max_concurrency, worker_queue and replay_entries.
  * Handlers run for one request of each host in turn, on workers and on I/O threads; one whose reply
- * is large counts as one for each 64 KiB. An I/O thread reads what has arrived at least every
- * millisecond, or after a handler that took longer. One ordering key gets at most half of the
- * places to wait. crpc_server_peers_walk shows what each host holds.
+ * is large counts as one for each 64 KiB. An I/O thread runs handlers for about a millisecond, or
+ * one that takes longer, before it reads what has arrived meanwhile. One ordering key gets at most
+ * half of the places to wait. crpc_server_peers_walk shows what each host holds.
  *
  * The max_bytes of each loop that serves is shared out, too. Half of it is for large requests,
  * those over 64 KiB. When the first 64 KiB of one have come, it takes a place of its announced
@@ -761,8 +762,8 @@
  *                 zk_job zk_session zk_pool zk_node zk_directory open
  *     agreement   agreement operations config lease queue registry    on a ZooKeeper session
  *     client      request reply endpoint providers attempt cluster channel opening
- *     server      service worker order replay quota context guard intake listener enrolment
- *                 lifecycle
+ *     server      service worker order replay peer quota fairness context auth guard intake
+ *                 listener enrolment lifecycle
  *
  * Where a lower room has to tell an upper one, the upper one installs a small table of functions:
  * endpoint -> attempt (crpci_endpoint_events), attempt -> cluster (crpci_cluster_ops), context ->
@@ -2304,8 +2305,8 @@ static inline crpc_node_op crpc_node_check(const char *path, int32_t version)
 }
 
 /* Reads who leads the election at a path, or holds the lock, or will when the lease of the one
- * before is over: data is the `who` that it gave, stat.created its token. CRPC_ENOTFOUND: nobody.
- * */
+ * before is over: data is the `who` that it gave, stat.created its token. CRPC_ENOTFOUND:
+ * nobody. */
 static inline crpc_node_op crpc_node_first(const char *path)
 {
     return crpc_node_op_of(CRPC_NODE_FIRST, path, CRPC_NODE_ANY);
@@ -2322,8 +2323,7 @@ typedef struct crpc_lock crpc_lock;
 /* Tells what became of a lock, on the thread that drives the loop. CRPC_OK: the lock is held, and
  * `token` is larger than that of every earlier holder; give it to whatever the lock protects.
  * CRPC_EGONE: the lock was held and is lost, perhaps before this thread could tell that it was
- * held. Any other status: it was not acquired (see
- * crpc_lock_acquire). */
+ * held. Any other status: it was not acquired (see crpc_lock_acquire). */
 typedef void (*crpc_lock_fn)(void *user, int status, int64_t token);
 
 /* A candidate in one election. */
@@ -5272,12 +5272,15 @@ CRPCI_FN void crpci_sock_set(int fd, int level, int option, int value)
     setsockopt(fd, level, option, &value, sizeof value);
 }
 
+/* Bytes that the kernel takes of one connection beyond what the peer's window lets it send. By
+ * itself it takes up to 4 MiB, also for a peer that never reads. */
+#define CRPCI_SOCK_UNSENT (256 << 10)
+
 /* Sets what every TCP connection gets. TCP_NODELAY: a small request is not held back for the
  * acknowledgement of the one before. Keepalive: a peer that vanished while nothing was sent is
  * found after 90 s, one that stops acknowledging what was sent after 30 s (TCP_USER_TIMEOUT; Linux
- * 2.6.37). Failures are ignored: the connection works without. */
-#define CRPCI_SOCK_UNSENT (256 << 10)
-
+ * 2.6.37). TCP_NOTSENT_LOWAT (Linux 3.12) bounds what the kernel keeps. Failures are ignored: the
+ * connection works without. */
 CRPCI_FN void crpci_sock_tune(int fd)
 {
     crpci_sock_set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
@@ -6277,9 +6280,8 @@ struct crpc_loop {
     crpci_list followers;  /* callers that wait, first come first: crpci_waiter */
     /* the sections' below */
     crpci_list conns;
-    crpci_list endpoints;
-    struct crpci_endpoint **endpoint_chains; /* the same, by hash of the address; NULL: none */
-    size_t endpoint_room, endpoint_count;    /* chains, endpoints */
+    struct crpci_endpoint **endpoints;    /* chains by the hash of the address; NULL: none */
+    size_t endpoint_room, endpoint_count; /* chains, endpoints */
     crpci_list registries;
     crpci_id_table calls;
     uint32_t results;
@@ -7364,7 +7366,6 @@ CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_opti
     crpci_list_init(&l->dirty);
     crpci_loop_task_init(&l->write_lines, crpci_loop_write_lines);
     crpci_list_init(&l->followers);
-    crpci_list_init(&l->endpoints);
     crpci_list_init(&l->conns);
     crpci_list_init(&l->admissions);
     crpci_list_init(&l->registries);
@@ -8934,7 +8935,7 @@ struct crpci_conn {
                     * other reply is sent */
     bool is_crpc; /* accepted: the peer has said so, and understands a farewell */
     bool refused; /* accepted over max_connections, only to say so */
-    bool told;    /* dialled: a request that gets no reply was sent */
+    bool notified; /* dialled: a request that gets no reply was sent */
     bool shut;    /* further input is dropped */
     bool unread; /* input is waiting: it could not be read while another thread wrote */
     uint8_t parting;        /* crpci_conn_parting */
@@ -9461,19 +9462,24 @@ CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int cou
     crpci_conn_interest(c);
 }
 
-/* When a connection that is blocked is to be closed. INT64_MAX: never. The kernel may report a
- * socket as writable only when a third of a large buffer is free, so a slow peer is known by the
- * buffer. */
-CRPCI_COLD int64_t crpci_conn_stall_end(crpci_conn *c, int64_t now)
+/* Since when the peer of a blocked connection has taken nothing. The kernel reports a socket as
+ * writable only when much of its buffer is free, so a slow peer is known by the buffer. */
+CRPCI_COLD int64_t crpci_conn_stalled_since(crpci_conn *c, int64_t now)
 {
     int unsent = crpci_sock_unsent(c->fd);
-    if (!c->stalled_us || !c->write_timeout_ms)
-        return INT64_MAX;
     if (unsent < c->stalled_bytes) {
         c->stalled_bytes = unsent;
         c->stalled_us = now;
     }
-    return c->stalled_us + (int64_t)c->write_timeout_ms * 1000;
+    return c->stalled_us;
+}
+
+/* When a connection that is blocked is to be closed. INT64_MAX: never. */
+CRPCI_COLD int64_t crpci_conn_stall_end(crpci_conn *c, int64_t now)
+{
+    return c->stalled_us && c->write_timeout_ms
+               ? crpci_conn_stalled_since(c, now) + (int64_t)c->write_timeout_ms * 1000
+               : INT64_MAX;
 }
 
 /* A send has failed. A dialled connection is read to its end before it closes: it may hold replies,
@@ -11458,7 +11464,7 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond,
  * again about a second later. */
 
 #define CRPCI_DIRECTORY_RETRY_US 1000000 /* before a list that was not taken is offered again */
-#define CRPCI_DIRECTORY_FEW      4u /* with fewer providers, one after another may well stop */
+#define CRPCI_DIRECTORY_FEW      4u /* providers; a list of fewer is never taken for wiped */
 
 /* All providers of a service at one time, sorted by address, each address once. Immutable once it
  * has been handed out, so that readers need a reference but no lock. */
@@ -11734,12 +11740,13 @@ typedef struct crpci_subscriber {
     void *user;
     crpci_directory_caller caller;
     crpci_snapshot *last;  /* the list that it took last; NULL: none yet */
-    crpci_snapshot *fuller; /* `last` before it became shorter; NULL: it has not, of late */
-    int64_t fuller_us;      /* when it did */
+    crpci_snapshot *fuller; /* the list before it began to shrink; NULL: not within hold_us */
+    int64_t fuller_us;      /* when it began */
     int64_t first_us;      /* before this time an empty first list is withheld */
     int64_t hold_until_us; /* end of protection; 0: `last` has no kept providers */
     bool doubted;          /* its list is stale: providers missing in the next one are kept */
-    bool wiped;            /* ... and those of `fuller` too: the registry has lost its data */
+    bool wiped;            /* the registry seems to have lost its data: providers of `fuller` that
+                            * are missing in the next list are kept as well */
     bool warned;           /* keeping the last good list was logged */
     bool ended;            /* removed: nothing is pushed any more */
 } crpci_subscriber;
@@ -12559,7 +12566,7 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
 #define CRPCI_MULTICAST_GATHER_US   10000   /* changes within this time are reported together */
 #define CRPCI_MULTICAST_FIRST_US    1000000 /* without an answer until then the list is empty */
 #define CRPCI_MULTICAST_TICK_US     1000000
-#define CRPCI_MULTICAST_JOIN_US     5000000 /* between looks whether to join the group again */
+#define CRPCI_MULTICAST_JOIN_US     5000000 /* between checks whether to join the group again */
 #define CRPCI_MULTICAST_GRACE_US    2000000 /* time for answers after the loop did not run */
 
 /* A provider that was heard. One block, with the name behind the struct. */
@@ -12583,7 +12590,7 @@ typedef struct crpci_multicast {
     crpci_addr group;
     char *interface;       /* as the option names it, or NULL */
     struct ip_mreqn which; /* the interface to send and receive on */
-    int64_t join_us;       /* when to look whether the group has to be joined again */
+    int64_t join_us;       /* when to check whether the group has to be joined again */
     crpci_list peers;
     size_t peer_count;
     crpci_list regs; /* services that this process offers */
@@ -12668,7 +12675,7 @@ CRPCI_COLD void crpci_multicast_rejoin(crpci_multicast *r)
     if (r->fd >= 0 && setsockopt(r->fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, &which, sizeof which))
         return; /* EADDRINUSE: all is well; else there is no interface */
     fd = crpci_multicast_socket(&r->group, &which, &call);
-    if (fd < 0) { /* the next look has to notice again */
+    if (fd < 0) { /* the next check has to notice again */
         setsockopt(r->fd, IPPROTO_IP, IP_DROP_MEMBERSHIP, &which, sizeof which);
         return;
     }
@@ -12679,7 +12686,7 @@ CRPCI_COLD void crpci_multicast_rejoin(crpci_multicast *r)
     r->fd = fd;
     r->which = which;
     if (crpci_watch_set(l, &r->watch, fd, CRPC_READABLE)) {
-        close(fd); /* no memory: the next look tries again */
+        close(fd); /* no memory: the next check tries again */
         r->fd = -1;
     }
     crpci_heap_log(l->heap, CRPC_LOG_WARN,
@@ -13759,8 +13766,8 @@ CRPCI_FN bool crpci_zk_job_writing(const crpci_zk_job *job)
 }
 
 /* A transaction in a block of its own, with room for `count` operations and for `bytes` of paths
- * and data, which begin at *at. The request that it is ordered with frees it. NULL: out of memory.
- * */
+ * and data, which begin at *at. The request that it is ordered with frees it. NULL: out of
+ * memory. */
 CRPCI_FN crpci_zk_multi *crpci_zk_job_multi(crpci_heap *h, size_t count, size_t bytes, char **at)
 {
     size_t size = sizeof(crpci_zk_multi) + count * (sizeof(zoo_op_t) + sizeof(zoo_op_result_t));
@@ -14695,11 +14702,12 @@ static void crpci_zk_session_leave(crpci_zk_handle *handle)
     if (s->phase == CRPCI_ZK_OVER && s->handle == handle)
         crpci_zk_session_replace(s, handle);
     crpci_zk_session_save(s); /* here, because it waits for the disk */
+#endif
     handle->inside = false;
+#if !CRPC_ZOOKEEPER_ST
     if (!s->closing && crpci_cache_due(&s->cache) != INT64_MAX)
         crpci_zk_session_arm(s);
 #endif
-    handle->inside = false;
     crpci_loop_unlock(l);
 }
 
@@ -15222,9 +15230,6 @@ struct crpci_zk_own {
     char *prefix;
     unsigned failures;
     unsigned fights; /* how often in a row the node was another session's */
-    crpci_zk_multi exchange; /* EVICT's request: consumers see no list without the node */
-    zoo_op_t exchange_ops[2];
-    zoo_op_result_t exchange_results[2];
 };
 
 /* Replaces own->path or own->prefix. */
@@ -15316,16 +15321,21 @@ CRPCI_FN bool crpci_zk_node_own_name(crpci_zk_own *own)
     return true;
 }
 
-/* Fills in EVICT's transaction: another session's node is replaced by ours. */
-CRPCI_FN const crpci_zk_multi *crpci_zk_node_own_exchange(crpci_zk_own *own)
+/* EVICT's transaction: another session's node is replaced by ours, so that consumers see no list
+ * without it. NULL: out of memory. */
+CRPCI_FN crpci_zk_multi *crpci_zk_node_own_exchange(crpci_zk_own *own)
 {
-    zoo_delete_op_init(&own->exchange_ops[0], own->path, -1);
-    zoo_create_op_init(&own->exchange_ops[1], own->path, own->data, own->size,
-                       crpci_zk_session_acl(0), ZOO_EPHEMERAL, NULL, 0);
-    own->exchange.count = 2;
-    own->exchange.ops = own->exchange_ops;
-    own->exchange.results = own->exchange_results;
-    return &own->exchange;
+    size_t size = strlen(own->path) + 1;
+    char *path;
+    crpci_zk_multi *m = crpci_zk_job_multi(own->job.session->heap, 2, size, &path);
+    if (!m)
+        return NULL;
+    memcpy(path, own->path, size);
+    zoo_delete_op_init(&m->ops[0], path, -1);
+    zoo_create_op_init(&m->ops[1], path, own->data, own->size, crpci_zk_session_acl(0),
+                       ZOO_EPHEMERAL, NULL, 0);
+    m->count = 2;
+    return m;
 }
 
 /* The state's request, by the table above. The wish may have changed while a parent was created. */
@@ -15351,7 +15361,7 @@ CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
         o->multi = own->owner->leave(own);
     if (o->multi)
         o->verb = CRPCI_ZK_MULTI;
-    return o->path != NULL;
+    return o->path != NULL && (o->multi || o->verb != CRPCI_ZK_MULTI);
 }
 
 /* The node exists and is ours. One that was just made is checked at once, which sets the watch. */
@@ -17667,8 +17677,8 @@ CRPCI_FN char *crpci_queue_name(crpci_zk_own *own)
     crpci_zk_session *s = own->job.session;
     uint64_t id = (uint64_t)s->id;
     uint32_t now = (uint32_t)crpci_zk_job_now(s);
-    CRPCI_CONTAINER(own, crpci_queue_place, own)->lease.written = false;
     char name[48 + sizeof CRPCI_AGREEMENT_MARK];
+    CRPCI_CONTAINER(own, crpci_queue_place, own)->lease.written = false;
     snprintf(name, sizeof name, "_c_%08x-%04x-%04x-%04x-%04x%08x%s", (unsigned)(id >> 32),
              (unsigned)(id >> 16 & 0xffff), (unsigned)(id & 0xffff), (unsigned)(now >> 16),
              (unsigned)(now & 0xffff), (unsigned)crpci_loop_random(s->loop), CRPCI_AGREEMENT_MARK);
@@ -19242,8 +19252,7 @@ typedef struct crpci_endpoint_events {
 } crpci_endpoint_events;
 
 struct crpci_endpoint {
-    crpci_list link;      /* in loop->endpoints */
-    crpci_endpoint *next; /* in its chain of loop->endpoint_chains */
+    crpci_endpoint *next; /* in its chain of loop->endpoints */
     uint64_t hash;        /* of the address */
     crpc_loop *loop;
     const crpci_endpoint_events *events;
@@ -19285,7 +19294,7 @@ CRPCI_FN void crpci_endpoint_close_conn(crpci_conn *c)
 /* The chain that has the endpoints of a hash. */
 CRPCI_FN crpci_endpoint **crpci_endpoint_chain(const crpc_loop *l, uint64_t hash)
 {
-    return &l->endpoint_chains[hash & (l->endpoint_room - 1)];
+    return &l->endpoints[hash & (l->endpoint_room - 1)];
 }
 
 /* No channel uses the endpoint: takes it out of its chain. The last one takes the chains along. */
@@ -19293,13 +19302,12 @@ CRPCI_FN void crpci_endpoint_unlist(crpci_endpoint *e)
 {
     crpc_loop *l = e->loop;
     crpci_endpoint **at = crpci_endpoint_chain(l, e->hash);
-    crpci_list_remove(&e->link);
     while (*at != e)
         at = &(*at)->next;
     *at = e->next;
     if (--l->endpoint_count == 0) {
-        crpci_heap_free(l->heap, l->endpoint_chains, l->endpoint_room * sizeof *l->endpoint_chains);
-        l->endpoint_chains = NULL;
+        crpci_heap_free(l->heap, l->endpoints, l->endpoint_room * sizeof *l->endpoints);
+        l->endpoints = NULL;
         l->endpoint_room = 0;
     }
 }
@@ -19333,17 +19341,17 @@ CRPCI_FN bool crpci_endpoint_is_dead(const crpci_endpoint *e)
     return e->refused && !e->conn && e->failures >= CRPCI_ENDPOINT_DEAD;
 }
 
-/* Whether the present connection has brought a reply. A retry there cannot overload a provider that
- * is down, so it is not charged to the retry budget. */
-CRPCI_FN bool crpci_endpoint_is_proven(const crpci_endpoint *e)
-{
-    return e->conn && !e->conn->connecting && !e->failures;
-}
-
 /* Whether there is a connection, and no need to dial. */
 CRPCI_FN bool crpci_endpoint_is_up(const crpci_endpoint *e)
 {
     return e->conn && !e->conn->connecting;
+}
+
+/* Whether the present connection has brought a reply. A retry there cannot overload a provider that
+ * is down, so it is not charged to the retry budget. */
+CRPCI_FN bool crpci_endpoint_is_proven(const crpci_endpoint *e)
+{
+    return crpci_endpoint_is_up(e) && !e->failures;
 }
 
 /* Whether an attempt can be sent now. A connection that was idle may hold the server's farewell or
@@ -19664,7 +19672,7 @@ CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
     a->out = NULL;
     a->sent = CRPC_SENT_YES;
     if (crpci_endpoint_unanswered(a)) {
-        conn->told = true;
+        conn->notified = true;
         a->endpoint->events->ended(a, CRPC_OK, NULL);
     }
 }
@@ -19709,7 +19717,7 @@ CRPCI_COLD bool crpci_endpoint_is_own_fault(int why, int system_error)
  * one-way calls, read all of them (else the kernel would have reset it), and closed it. */
 CRPCI_COLD bool crpci_endpoint_took_all(const crpci_conn *c)
 {
-    return c && c->told && !c->tx_head && !c->why_errno && crpci_sock_unsent(c->fd) == 0;
+    return c && c->notified && !c->tx_head && !c->why_errno && crpci_sock_unsent(c->fd) == 0;
 }
 
 /* The present connection or dial has failed: notes why, and when to dial again. What this process
@@ -19851,12 +19859,12 @@ CRPCI_FN bool crpci_endpoint_same_options(const crpci_endpoint_options *a,
  * out of memory, and there are no chains yet. */
 CRPCI_COLD bool crpci_endpoint_grow(crpc_loop *l)
 {
-    crpci_endpoint **old = l->endpoint_chains, *e, *next;
+    crpci_endpoint **old = l->endpoints, *e, *next;
     size_t old_room = l->endpoint_room, room = old_room ? old_room * 2 : 8, i;
     crpci_endpoint **fresh = (crpci_endpoint **)crpci_heap_alloc(l->heap, room * sizeof *fresh);
     if (!fresh)
         return old_room != 0;
-    l->endpoint_chains = fresh;
+    l->endpoints = fresh;
     l->endpoint_room = room;
     for (i = 0; i < old_room; i++) {
         for (e = old[i]; e; e = next) {
@@ -19907,7 +19915,6 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
     e->next = *crpci_endpoint_chain(l, hash);
     *crpci_endpoint_chain(l, hash) = e;
     l->endpoint_count++;
-    crpci_list_append(&l->endpoints, &e->link);
     *out = e;
     return CRPC_OK;
 }
@@ -24108,8 +24115,7 @@ struct crpc_server {
     crpci_worker_pool workers;
     crpci_worker_flow flow; /* of all requests without CRPC_ENABLE_POLICY */
     size_t worker_count; /* also when they have stopped; 0: handlers run on the I/O threads */
-    crpci_fairness_queue *queues; /* one for each loop that has connections */
-    size_t queue_count;
+    crpci_fairness_queue *queues; /* guard.peers.parts of them: one for each loop that serves */
     struct {
         crpc_loop **loops; /* one for each I/O thread */
         size_t count;
@@ -24182,8 +24188,7 @@ CRPCI_COLD void crpci_fairness_on_hold(crpc_loop *l, crpci_timer *t)
         next = i->next;
         if (!c->blocked || !c->account || !crpci_peer_part_of(c)->held)
             continue;
-        crpci_conn_stall_end(c, now);
-        if (now - c->stalled_us >= CRPCI_FAIRNESS_STALLED)
+        if (now - crpci_conn_stalled_since(c, now) >= CRPCI_FAIRNESS_STALLED)
             crpci_receive_evict(c, CRPCI_STATUS_TEXT("its peer does not take its replies, and its "
                                                      "host has too many that are not sent"));
     }
@@ -24309,10 +24314,10 @@ CRPCI_COLD void crpci_fairness_read_on(crpci_peer_part *part)
 CRPCI_FN void crpci_fairness_run_queue(crpc_loop *l, crpci_task *task)
 {
     crpci_fairness_queue *q = CRPCI_CONTAINER(task, crpci_fairness_queue, task);
-    int64_t end = l->now + CRPCI_FAIRNESS_TURN;
+    int64_t end = crpci_loop_time(l) + CRPCI_FAIRNESS_TURN;
     crpci_worker_flow *flow;
     crpci_task *t;
-    unsigned n = 0, look = 1; /* at the clock: after 1, 2, 4, ... 32, 64, 96, ... requests */
+    unsigned n = 0, pause = 1; /* reads the clock after 1, 2, 4, ... 32, 64, 96, ... requests */
     q->running = true;
     while ((t = crpci_worker_take(&q->requests, &flow)) != NULL) {
         bool last = !q->requests.count;
@@ -24323,9 +24328,9 @@ CRPCI_FN void crpci_fairness_run_queue(crpc_loop *l, crpci_task *task)
         t->run(l, t);
         if (last)
             return;
-        if (++n < look)
+        if (++n < pause)
             continue;
-        look += look < 32 ? look : 32;
+        pause += pause < 32 ? pause : 32;
         if (n >= 32) /* one send carries several replies */
             crpci_loop_run_list(l, &l->dirty);
         if (crpci_loop_time(l) >= end) {
@@ -24334,6 +24339,25 @@ CRPCI_FN void crpci_fairness_run_queue(crpc_loop *l, crpci_task *task)
         }
     }
     q->running = false;
+}
+
+/* Makes a queue for each loop that serves. */
+CRPCI_COLD int crpci_fairness_open(crpc_server *s)
+{
+    size_t i, count = s->guard.peers.parts;
+    s->queues = (crpci_fairness_queue *)crpci_heap_alloc(s->heap, count * sizeof *s->queues);
+    if (!s->queues)
+        return CRPC_ENOMEM;
+    for (i = 0; i < count; i++) {
+        crpci_list_init(&s->queues[i].requests.flows);
+        crpci_loop_task_init(&s->queues[i].task, crpci_fairness_run_queue);
+    }
+    return CRPC_OK;
+}
+
+CRPCI_COLD void crpci_fairness_close(crpc_server *s)
+{
+    crpci_heap_free(s->heap, s->queues, s->guard.peers.parts * sizeof *s->queues);
 }
 
 /* ======================================================================== */
@@ -24851,7 +24875,8 @@ CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
 /* --- handlers --------------------------------------------------------------------------------- */
 
 /* Checks the deadline, runs the interceptors, decodes the request and runs its handler, without the
- * lock. What an interceptor refuses is not decoded. Returns the status of the reply. After
+ * lock. What an interceptor refuses is not decoded. `now` may be older than the present time by as
+ * long as handlers have run since the loop read its clock. Returns the status of the reply. After
  * CRPC_EPENDING x may be gone: another thread may have finished it already. */
 CRPCI_FN int crpci_context_serve(crpc_context *x, int64_t now)
 {
@@ -24888,7 +24913,7 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
     crpc_server *s = x->server;
     int status;
     crpci_loop_user_begin(l);
-    status = crpci_context_serve(x, l->user_now); /* from after the last wait, or later */
+    status = crpci_context_serve(x, l->user_now);
     if (status != CRPC_EPENDING && CRPCI_UNLIKELY(x->cancel != NULL))
         crpci_context_disarm(x);
     if (status != CRPC_EPENDING)
@@ -25819,22 +25844,14 @@ CRPCI_COLD int crpci_guard_open(crpc_server *s)
 {
     const crpc_server_options *o = &s->options;
     uint64_t secret[2];
-    size_t i, loops = o->io_threads ? (size_t)o->io_threads : 1;
     int err;
-    s->queues =
-        (crpci_fairness_queue *)crpci_heap_alloc(s->heap, loops * sizeof *s->queues);
-    if (!s->queues)
-        return CRPC_ENOMEM;
-    s->queue_count = loops;
-    for (i = 0; i < loops; i++) {
-        crpci_list_init(&s->queues[i].requests.flows);
-        crpci_loop_task_init(&s->queues[i].task, crpci_fairness_run_queue);
-    }
     crpci_order_init(&s->guard.order, o->worker_queue);
     crpci_loop_secret(s->loop, secret);
-    crpci_peer_open(&s->guard.peers, s->heap, secret, loops);
-    err = crpci_peer_limit(&s->guard.peers, CRPCI_PEER_REQUESTS, o->rate_per_client,
-                           o->burst_per_client);
+    crpci_peer_open(&s->guard.peers, s->heap, secret, o->io_threads ? (size_t)o->io_threads : 1);
+    err = crpci_fairness_open(s);
+    if (!err)
+        err = crpci_peer_limit(&s->guard.peers, CRPCI_PEER_REQUESTS, o->rate_per_client,
+                               o->burst_per_client);
     if (!err && o->access.authenticate && o->access.max_failures)
         err = crpci_peer_limit(&s->guard.peers, CRPCI_PEER_FAILURES, 1, o->access.max_failures);
     if (!err && o->replay_entries)
@@ -25859,8 +25876,8 @@ CRPCI_COLD void crpci_guard_close(crpc_server *s)
         crpci_heap_free(s->heap, q, sizeof *q);
     }
     crpci_replay_close(&s->guard.replay);
+    crpci_fairness_close(s);
     crpci_peer_close(&s->guard.peers, s->heap);
-    crpci_heap_free(s->heap, s->queues, s->queue_count * sizeof *s->queues);
     crpci_thread_mutex_free(&s->guard.lock);
 }
 

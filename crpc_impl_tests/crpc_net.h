@@ -264,6 +264,23 @@ CT_FN void net_open_server(net *n, crpc_poller poller, net_mode mode)
     assert_int_equal(crpc_loop_start(n->loop), CRPC_OK);
 }
 
+#if CRPC_ENABLE_CLIENT
+/* The loop's endpoint for an address; NULL: the only one that there is. Locked, or nobody drives. */
+CT_FN crpci_endpoint *net_endpoint(const crpc_loop *l, const char *address)
+{
+    crpci_endpoint *e;
+    size_t i;
+    for (i = 0; i < l->endpoint_room; i++) {
+        for (e = l->endpoints[i]; e; e = e->next) {
+            if (!address || strcmp(e->address, address) == 0)
+                return e;
+        }
+    }
+    fail_msg("no endpoint");
+    return NULL;
+}
+#endif
+
 CT_FN crpc_channel *net_channel(const char *url, const char *query, crpc_poller poller,
                                 crpc_loop *loop, const crpc_channel_options *options)
 {

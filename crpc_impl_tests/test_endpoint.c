@@ -331,7 +331,7 @@ static uint32_t leaving(crpc_channel *ch)
     crpc_loop *l = crpc_channel_loop(ch);
     uint32_t count;
     crpci_loop_lock(l);
-    count = CRPCI_CONTAINER(l->endpoints.next, crpci_endpoint, link)->leaving;
+    count = net_endpoint(l, NULL)->leaving;
     crpci_loop_unlock(l);
     return count;
 }
@@ -405,7 +405,7 @@ static void a_fresh_connection_leaves_on_a_farewell(void **state)
         assert_int_equal(crpc_loop_start(l), CRPC_OK);
         ch = net_channel(leaves.url, "?timeout_ms=20000&retries=0", p, l, NULL);
         crpci_loop_lock(l);
-        e = CRPCI_CONTAINER(l->endpoints.next, crpci_endpoint, link);
+        e = net_endpoint(l, NULL);
         crpci_endpoint_dial(e);
         crpci_loop_unlock(l);
         assert_true(CT_WAIT(__atomic_load_n(&user[1], __ATOMIC_SEQ_CST), NET_PATIENCE));
@@ -1089,21 +1089,6 @@ static void channels_of_a_loop_share_connections(void **state)
     peer_close(&adds);
 }
 
-static crpci_endpoint *first_endpoint(crpc_loop *l)
-{
-    assert_false(crpci_list_empty(&l->endpoints));
-    return CRPCI_CONTAINER(l->endpoints.next, crpci_endpoint, link);
-}
-
-static size_t count(const crpci_list *list)
-{
-    const crpci_list *i;
-    size_t n = 0;
-    for (i = list->next; i != list; i = i->next)
-        n++;
-    return n;
-}
-
 static void it_is_shared_by_channels_that_ask_for_the_same(void **state)
 {
     crpc_channel_options o = CRPC_INIT;
@@ -1116,16 +1101,16 @@ static void it_is_shared_by_channels_that_ask_for_the_same(void **state)
     o.loop = l;
     assert_int_equal(crpc_channel_open(&a, "tcp://127.0.0.1:9", &o, NULL), CRPC_OK);
     assert_int_equal(crpc_channel_open(&b, "list://127.0.0.1:9,127.0.0.1:10", &o, NULL), CRPC_OK);
-    assert_int_equal(count(&l->endpoints), 2);
-    assert_int_equal(first_endpoint(l)->users, 2);
+    assert_int_equal(l->endpoint_count, 2);
+    assert_int_equal(net_endpoint(l, "127.0.0.1:9")->users, 2);
     assert_int_equal(crpc_channel_open(&c, "tcp://127.0.0.1:9?inflight=1", &o, NULL), CRPC_OK);
-    assert_int_equal(count(&l->endpoints), 3);
+    assert_int_equal(l->endpoint_count, 3);
     crpc_channel_close(a);
-    assert_int_equal(count(&l->endpoints), 3);
+    assert_int_equal(l->endpoint_count, 3);
     crpc_channel_close(b);
-    assert_int_equal(count(&l->endpoints), 1);
+    assert_int_equal(l->endpoint_count, 1);
     crpc_channel_close(c);
-    assert_int_equal(count(&l->endpoints), 0);
+    assert_int_equal(l->endpoint_count, 0);
     crpc_loop_close(l);
 }
 
@@ -1152,7 +1137,7 @@ static void thousands_are_found_again(void **state)
     }
     for (i = 0; i < l->endpoint_room; i++) {
         size_t n = 0;
-        for (same = l->endpoint_chains[i]; same; same = same->next)
+        for (same = l->endpoints[i]; same; same = same->next)
             n++;
         longest = n > longest ? n : longest;
     }
@@ -1165,8 +1150,8 @@ static void thousands_are_found_again(void **state)
     }
     for (i = 0; i < COUNT; i++)
         crpci_endpoint_leave(all[i * 7 % COUNT]);
-    assert_null(l->endpoint_chains);
-    assert_int_equal(count(&l->endpoints), 0);
+    assert_null(l->endpoints);
+    assert_int_equal(l->endpoint_count, 0);
     crpci_loop_unlock(l);
     crpc_loop_close(l);
     free(all);
@@ -1189,7 +1174,7 @@ static void it_backs_off_with_full_jitter(void **state)
     assert_int_equal(crpc_loop_open(&l, &lo), CRPC_OK);
     o.loop = l;
     assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, NULL), CRPC_OK);
-    e = first_endpoint(l);
+    e = net_endpoint(l, NULL);
     for (failures = 0; failures < 12; failures++) {
         int64_t longest = 0, shortest = INT64_MAX;
         for (i = 0; i < 1000; i++) {
@@ -1288,7 +1273,7 @@ static void an_aged_provider_is_dialled_rarely(void **state)
     assert_int_equal(
         crpc_channel_open(&f.channel, "tcp://127.0.0.1:9?stale_ttl_ms=30000&retries=-1", &o, NULL),
         CRPC_OK);
-    e = first_endpoint(f.channel->loop);
+    e = net_endpoint(f.channel->loop, NULL);
     list = crpci_directory_snapshot(f.channel->loop->heap, 1);
     assert_non_null(list);
     strcpy(list->providers[0].address, "127.0.0.1:9");

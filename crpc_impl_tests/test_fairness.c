@@ -222,6 +222,34 @@ static void connections_that_hold_their_host_end_after_a_second(void **state)
     }
 }
 
+/* Without write_timeout_ms, too, the kernel's buffer tells which peer takes something. */
+static void a_peer_of_a_held_host_that_takes_something_stays(void **state)
+{
+    crpc_server_options o;
+    crpci_list *l;
+    int fds[DEAF], i;
+    pump u;
+    (void)state;
+    deaf_options(&o, 0);
+    o.write_timeout_ms = -1;
+    o.loops.hooks.clock_us = net_clock_us;
+    net_time_begin(NET_TIME_STANDS);
+    pump_open(&u, CRPC_POLLER_DEFAULT, WAY_TCP, &o);
+    be_deaf(&u, fds);
+    for (l = u.loop->conns.next; l != &u.loop->conns; l = l->next) /* more was in the buffer */
+        CRPCI_CONTAINER(l, crpci_conn, link)->stalled_bytes = INT_MAX;
+    net_time_add(1500);
+    for (i = 0; i < 20; i++)
+        assert_int_equal(crpc_loop_step(u.loop, 0), CRPC_OK);
+    assert_int_equal(pump_stats(&u).evicted, 0);
+    net_time_add(1500);
+    PUMP_UNTIL(&u, pump_stats(&u).evicted > 0);
+    net_time_run();
+    for (i = 0; i < DEAF; i++)
+        close(fds[i]);
+    pump_close(&u);
+}
+
 static void a_server_ends_while_hosts_are_held(void **state)
 {
     int workers;
@@ -277,6 +305,7 @@ int main(void)
         CT_TEST(requests_that_arrive_while_handlers_run_are_not_last),
         CT_TEST(a_host_that_takes_no_replies_is_not_served_meanwhile),
         CT_TEST(connections_that_hold_their_host_end_after_a_second),
+        CT_TEST(a_peer_of_a_held_host_that_takes_something_stays),
         CT_TEST(a_server_ends_while_hosts_are_held),
 #endif
         CT_TEST(the_kernel_keeps_little_for_a_peer_that_does_not_read),

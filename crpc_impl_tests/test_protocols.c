@@ -992,7 +992,7 @@ static void a_farewell_in_another_protocol_costs_no_call(void **state)
     ch = net_channel(p.url, "?protocol=line&timeout_ms=20000&retries=0", CRPC_POLLER_DEFAULT, l,
                      NULL);
     crpci_loop_lock(l);
-    e = CRPCI_CONTAINER(l->endpoints.next, crpci_endpoint, link);
+    e = net_endpoint(l, NULL);
     crpci_endpoint_dial(e);
     crpci_loop_unlock(l);
     assert_true(CT_WAIT(net_lost(l) == 1, NET_PATIENCE));
