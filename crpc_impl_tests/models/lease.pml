@@ -23,19 +23,23 @@
  *   answers   A request has an answer, or none that reaches the contender. One without an answer may
  *             still be executed, at any later time (`stray`), as a server may keep it.
  *
- * Each macro below leaves one rule out. models.py runs the model without any, which must hold, and
- * with each of them, which must not. */
+ * Each macro leaves one rule out. models.py runs the model without any, which must hold, and with
+ * each of them, which must not. WITNESS claims that nobody follows another holder, which is wrong,
+ * or the model would prove nothing. */
 
 #ifndef CONTENDERS
 #define CONTENDERS 3
 #endif
 #define LEASE 2
 
-#ifdef NO_ALLOWANCE     /* contenders hold and wait for LEASE ticks by their own clocks */
+#ifdef NO_HOLD_ALLOWANCE    /* contenders hold for LEASE ticks by their own clocks */
 #define HOLD LEASE
-#define WAIT LEASE
 #else
 #define HOLD (LEASE - 1)
+#endif
+#ifdef NO_WAIT_ALLOWANCE    /* contenders wait for LEASE ticks by their own clocks */
+#define WAIT LEASE
+#else
 #define WAIT (LEASE + 1)
 #endif
 #define LONGEST (HOLD + 1)      /* that a contender holds, by a slow clock */
@@ -110,8 +114,16 @@ inline write_record(value) {
     n = 0
 }
 
+#ifdef WITNESS
+byte last_holder;           /* number + 1 */
+#endif
+
 inline grant(i, ticks) {
     c[i].lease = ticks;
+#ifdef WITNESS
+    assert(ticks == 0 || last_holder == 0 || last_holder == i + 1);
+    last_holder = (ticks > 0 -> i + 1 : last_holder);
+#endif
     do
     :: n < CONTENDERS ->
         assert(n == i || ticks == 0 || c[n].lease == 0);
@@ -235,10 +247,7 @@ end:
     /* {delete the own node, set the record free}: no version is expected */
     :: atomic { c[i].at == LEAVING && c[i].node ->
         remove_node(i);
-        if
-        :: c[i].mine -> write_record(0)
-        :: else -> skip
-        fi }
+        write_record(0) }
     :: atomic { c[i].node -> remove_node(i) }   /* the session ends */
 #ifdef RENEW_BY_READ
     :: atomic { c[i].sees_node != c[i].node -> c[i].sees_node = c[i].node }
